@@ -1,0 +1,276 @@
+"""Small probes that look for shortcuts in the built-in video questions.
+
+Each is a ridge classifier (or a table of counts) trained on one half of the
+videos and judged on the other. On an honest set none beats chance: nothing in a
+picture tells when it was shown, and neither the question nor the times of what
+happens tell the answer.
+
+Axes: `n` videos, `T` frames, `F` features; pixels are [..., height, width, 3].
+"""
+
+import collections
+import itertools
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from cf_jax.data import records, synthetic
+
+_PAIRS = 24  # pairs of frames drawn in each video
+_RIDGE = 0.3  # penalty, as a share of the number of rows
+
+
+class Probe(NamedTuple):
+  """One probe on held-out videos.
+
+  Attributes:
+    accuracy: share of right predictions.
+    chance: what guessing reaches.
+    half_interval: half the interval that holds for all probes of a call at
+      once in 95 % of cases (Bonferroni), videos being the independent units.
+  """
+
+  accuracy: float
+  chance: float
+  half_interval: float
+
+
+def specs_of(samples: Sequence[records.Sample]) -> list[synthetic.Spec]:
+  """The specifications of samples from `synthetic.load`."""
+  found = {}
+  for sample in samples:
+    root, split = (
+        pathlib.Path(sample.video).parents[2], sample.id.split("-")[0]
+    )
+    if (root, split) not in found:
+      found[root, split] = {
+          spec.id: spec for spec in synthetic.load_specs(root, split)
+      }
+  return [
+      found[pathlib.Path(sample.video).parents[2], sample.id.split("-")[0]][
+          sample.id
+      ]
+      for sample in samples
+  ]
+
+
+def shortcut_probes(
+    specs: Sequence[synthetic.Spec],
+    frames: np.ndarray,
+    rng: np.random.Generator,
+) -> dict[str, Probe]:
+  """Tries every shortcut we can think of.
+
+  Args:
+    specs: n videos, at least 16 of each of their tasks.
+    frames: uint8[n, T, h, w, 3] their decoded frames (all of them, h and w at
+      least 16).
+    rng: numpy generator.
+
+  Returns:
+    Name of the shortcut -> Probe.
+
+  Raises:
+    ValueError: too few videos for a probe.
+  """
+  few = {
+      task: count
+      for task, count in collections.Counter(s.task for s in specs).items()
+      if count < 16
+  }
+  if few:
+    raise ValueError(
+        f"got {few} videos, expected at least 16 of a task; raise"
+        " report.probe_videos or data.synthetic.num_test"
+    )
+  order = rng.permutation(len(specs))
+  specs = [specs[n] for n in order]
+  feature = np.stack([frame_features(frames[n]) for n in order])
+  train = np.arange(len(specs)) < len(specs) // 2
+  found = {
+      "which of two frames came first": _frame_order(feature, train, rng),
+      "which of two events came first": _event_order(
+          specs, feature, train, rng
+      ),
+      "a frame's half of the video": _position(feature, train, rng),
+  }
+  for task in dict.fromkeys(spec.task for spec in specs):
+    rows = [n for n, spec in enumerate(specs) if spec.task == task]
+    # Halves of a task, so that each probe has rows on both sides.
+    half = np.arange(len(rows)) < len(rows) // 2
+    some = [specs[n] for n in rows]
+    found[f"{task}: letter alone"] = _letter(some, half)
+    found[f"{task}: question and options"] = _content(some, half)
+    found[f"{task}: times alone"] = _times(some, half)
+    found[f"{task}: one middle frame"] = _one_frame(some, feature[rows], half)
+  # Many probes: at 95 % each, one of them would often stray by luck.
+  z = statistics.NormalDist().inv_cdf(1 - 0.05 / (2 * len(found)))
+  return {
+      name: probe._replace(half_interval=z * probe.half_interval)
+      for name, probe in found.items()
+  }
+
+
+def frame_features(frames: np.ndarray) -> np.ndarray:
+  """float32[t, F] of uint8[t, h, w, 3]: local colours, light, grain, blocks."""
+  count = len(frames)
+  cells = np.stack([
+      cv2.resize(frame, (8, 8), interpolation=cv2.INTER_AREA)
+      for frame in frames
+  ]).reshape(count, -1)
+  light = np.stack([
+      cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames
+  ]).astype(np.float32)
+  mean_std = np.stack([np.ravel(cv2.meanStdDev(frame)) for frame in frames])
+  rows = abs(np.diff(light, axis=1))
+  columns = abs(np.diff(light, axis=2))
+  ranked = np.sort(light[:, ::4, ::4].reshape(count, -1), axis=1)
+  summary = np.stack([
+      *mean_std.T,
+      *ranked[:, [0, ranked.shape[1] // 8, ranked.shape[1] // 2, -1]].T,
+      rows.mean(axis=(1, 2)),
+      columns.mean(axis=(1, 2)),
+      (rows**2).mean(axis=(1, 2)),
+      (columns**2).mean(axis=(1, 2)),
+      rows[:, 7::8].mean(axis=(1, 2)),  # at the borders of the codec's blocks
+      columns[:, :, 7::8].mean(axis=(1, 2)),
+  ], axis=1)
+  return np.concatenate(
+      [cells, summary, np.log1p(summary), summary**2], axis=1
+  ).astype(np.float32)
+
+
+def _ridge(
+    feature: np.ndarray, target: np.ndarray, train: np.ndarray
+) -> np.ndarray:
+  """Ridge regression, float64[rows, outputs], fitted on the `train` rows."""
+  mean, std = feature[train].mean(axis=0), feature[train].std(axis=0)
+  x = ((feature - mean) / np.maximum(std, 1e-6)).astype(np.float64)
+  bias = target[train].mean(axis=0)
+  known = x[train]
+  penalty = _RIDGE * len(known) * np.eye(x.shape[1])
+  weight = np.linalg.solve(
+      known.T @ known + penalty, known.T @ (target[train] - bias)
+  )
+  return x @ weight + bias
+
+
+def _score(right: np.ndarray, video: np.ndarray, chance: float) -> Probe:
+  """Accuracy over videos, and its standard error in place of the interval."""
+  each = np.array([right[video == v].mean() for v in np.unique(video)])
+  # Guessing right on every video by luck must not give an empty interval.
+  spread = max(each.std(ddof=1), 0.5 * (chance * (1 - chance)) ** 0.5)
+  return Probe(float(each.mean()), chance, float(spread / len(each) ** 0.5))
+
+
+def _frame_order(feature, train, rng) -> Probe:
+  count, length = feature.shape[:2]
+  video = np.repeat(np.arange(count), _PAIRS)
+  pair = np.stack([
+      rng.permutation(length)[:2] for _ in range(len(video))
+  ])
+  x = feature[video, pair[:, 0]] - feature[video, pair[:, 1]]
+  first = np.where(pair[:, 0] < pair[:, 1], 1.0, -1.0)
+  known = train[video]
+  right = _ridge(x, first[:, None], known)[:, 0] * first > 0
+  return _score(right[~known], video[~known], 0.5)
+
+
+def _event_order(specs, feature, train, rng) -> Probe:
+  video, pair = [], []
+  for n, spec in enumerate(specs):
+    middle = [(event.start + event.stop) // 2 for event in spec.events]
+    for two in itertools.combinations(middle, 2):
+      video.append(n)
+      pair.append(rng.permutation(two))
+  video, pair = np.array(video), np.array(pair)
+  x = feature[video, pair[:, 0]] - feature[video, pair[:, 1]]
+  first = np.where(pair[:, 0] < pair[:, 1], 1.0, -1.0)
+  known = train[video]
+  right = _ridge(x, first[:, None], known)[:, 0] * first > 0
+  return _score(right[~known], video[~known], 0.5)
+
+
+def _position(feature, train, rng) -> Probe:
+  count, length = feature.shape[:2]
+  video = np.repeat(np.arange(count), _PAIRS)
+  frame = rng.integers(0, length // 2 * 2, len(video))
+  late = np.where(frame < length // 2, -1.0, 1.0)
+  known = train[video]
+  guess = _ridge(feature[video, frame], late[:, None], known)[:, 0]
+  return _score((guess * late > 0)[~known], video[~known], 0.5)
+
+
+def _answers(specs) -> tuple[np.ndarray, int]:
+  answer = np.array([synthetic.LETTERS.index(s.answer) for s in specs])
+  return answer, len(specs[0].options)
+
+
+def _letter(specs, train) -> Probe:
+  answer, options = _answers(specs)
+  common = np.bincount(answer[train], minlength=options).argmax()
+  rows = np.flatnonzero(~train)
+  return _score(answer[rows] == common, rows, 1 / options)
+
+
+def _content(specs, train) -> Probe:
+  """Chooses the option that was right most often among its appearances."""
+  answer, options = _answers(specs)
+  right, seen = collections.Counter(), collections.Counter()
+  for n in np.flatnonzero(train):
+    for m, option in enumerate(specs[n].options):
+      seen[specs[n].question, option] += 1
+      right[specs[n].question, option] += int(answer[n] == m)
+  rows = np.flatnonzero(~train)
+
+  def rate(spec, option):
+    key = spec.question, option
+    return (right[key] + 1) / (seen[key] + options)
+
+  guess = np.array([
+      np.argmax([rate(specs[n], option) for option in specs[n].options])
+      for n in rows
+  ])
+  return _score(guess == answer[rows], rows, 1 / options)
+
+
+def _times(specs, train) -> Probe:
+  """From the times and lengths of events, cuts and flickers."""
+  answer, options = _answers(specs)
+  x = np.array([
+      [
+          *itertools.chain.from_iterable((e.start, e.stop) for e in s.events),
+          *(e.stop - e.start for e in s.events),
+          len(s.cuts), s.cuts[0], s.cuts[-1],
+          len(s.flickers), *(s.flickers[:1] or (0,)),
+      ]
+      for s in specs
+  ], np.float32)
+  guess = _ridge(x, np.eye(options)[answer], train).argmax(axis=1)
+  rows = np.flatnonzero(~train)
+  return _score(guess[rows] == answer[rows], rows, 1 / options)
+
+
+def _one_frame(specs, feature, train) -> Probe:
+  """From the middle frame, with what each letter stands for."""
+  answer, options = _answers(specs)
+  names = sorted({option for spec in specs for option in spec.options})
+  middle = feature[:, feature.shape[1] // 2]
+  cells = middle[:, :192].reshape(len(middle), 64, 3)
+  # The most saturated cell: the colour of an event, if there is one.
+  vivid = cells[
+      np.arange(len(cells)), np.ptp(cells, axis=2).argmax(axis=1)
+  ]
+  letters = np.array([
+      [names.index(option) for option in spec.options] for spec in specs
+  ])
+  x = np.einsum("nf,nlo->nlfo", vivid, np.eye(len(names))[letters])
+  guess = _ridge(
+      x.reshape(len(specs), -1), np.eye(options)[answer], train
+  ).argmax(axis=1)
+  rows = np.flatnonzero(~train)
+  return _score(guess[rows] == answer[rows], rows, 1 / options)

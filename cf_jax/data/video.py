@@ -1,0 +1,353 @@
+"""Video files -> RGB frames and their times, by OpenCV.
+
+A frame's number counts the frames that can be decoded, from 0, whatever the
+header says. Its time is the container's, in seconds from the start of the
+stream. Files with rotation metadata come out upright; of several video streams
+the one that OpenCV takes is read. Frames are resized to the wanted size without
+keeping the aspect ratio: by area averaging where both sides shrink, else
+bicubic.
+
+Axes: `T` sampled frames, `n` frames; pixels are [..., height, width, 3].
+"""
+
+import contextlib
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+# A longer way to the next wanted frame is a seek, a shorter one is decoded
+# through: one seek costs a few hundred frames of decoding.
+_SEEK_FRAMES = 512
+# Of the duration in the header, how much must be decodable.
+_MIN_DECODABLE = 0.9
+
+
+class VideoError(ValueError):
+  """A video that cannot be read; the message names the file."""
+
+
+class VideoInfo(NamedTuple):
+  """What the header of a video says.
+
+  Attributes:
+    num_frames: frames; decoding may find more or fewer.
+    fps: mean frames a second.
+    width: pixels, after rotation.
+    height: pixels, after rotation.
+    duration_s: seconds.
+  """
+
+  num_frames: int
+  fps: float
+  width: int
+  height: int
+  duration_s: float
+
+
+class Scan(NamedTuple):
+  """T frames spread over a video; slots beyond its end are masked.
+
+  Attributes:
+    frames: uint8[T, h, w, 3], 0 where masked.
+    mask: bool[T] True for real frames, which come first.
+    time_s: float64[T] seconds, 0 where masked.
+    frame_index: int32[T] numbers of the decoded frames, 0 where masked.
+    num_frames: how many frames can be decoded.
+  """
+
+  frames: np.ndarray
+  mask: np.ndarray
+  time_s: np.ndarray
+  frame_index: np.ndarray
+  num_frames: int
+
+
+class _Moved(Exception):
+  """A seek did not end at the wanted frame."""
+
+
+def probe(path: str | pathlib.Path) -> VideoInfo:
+  """Reads the header and the first frame.
+
+  Raises:
+    VideoError: missing, empty, or not a video.
+  """
+  with _capture(path, 1) as capture:
+    fps, num_frames = _header(capture)
+    found, picture = capture.read()
+    if not found:
+      raise VideoError(f"{path}: no frame can be decoded")
+    height, width = picture.shape[:2]
+    return VideoInfo(
+        num_frames=max(num_frames, 1), fps=fps, width=width, height=height,
+        duration_s=max(num_frames, 1) / fps,
+    )
+
+
+def read_frames(
+    path: str | pathlib.Path,
+    index: np.ndarray | None = None,
+    size_px: tuple[int, int] | None = None,
+    *,
+    num_threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Decodes frames by their numbers.
+
+  Args:
+    path: file.
+    index: int[n] numbers in any order, repeats allowed; None reads all.
+    size_px: (height, width) to resize to; None keeps the video's.
+    num_threads: of the decoder. One is fastest for small videos and for many
+      files at a time.
+
+  Returns:
+    uint8[n, h, w, 3] RGB and float64[n] seconds.
+
+  Raises:
+    VideoError: missing, empty, not a video, or too short for `index`.
+  """
+  if index is None:
+    frames, time_s, _ = _decode(path, None, size_px, num_threads)
+    return np.stack(frames), np.asarray(time_s)
+  index = np.asarray(index)
+  if index.ndim != 1 or (index.size and index.min() < 0):
+    raise VideoError(
+        f"{path}: frame numbers must be one row, at least 0, got"
+        f" {index.tolist()}"
+    )
+  wanted, back = np.unique(index, return_inverse=True)
+  frames, time_s, _ = _decode(path, wanted, size_px, num_threads)
+  if len(frames) < len(wanted):
+    raise VideoError(
+        f"{path}: frame {wanted[len(frames)]} cannot be decoded; the file is"
+        " shorter or cut short"
+    )
+  if not frames:
+    raise VideoError(f"{path}: no frame was asked for")
+  return np.stack(frames)[back], np.asarray(time_s)[back]
+
+
+def scan_frames(
+    path: str | pathlib.Path,
+    num_frames: int,
+    size_px: tuple[int, int],
+    *,
+    num_threads: int = 1,
+) -> Scan:
+  """Decodes T frames spread evenly over a video.
+
+  Frame `k` is number `floor((k + 0.5) n / T)` of the n decodable ones; where
+  n < T, all of them are taken and the remaining slots masked.
+
+  Args:
+    path: file.
+    num_frames: T.
+    size_px: (height, width) to resize to.
+    num_threads: of the decoder.
+
+  Raises:
+    VideoError: missing, empty, not a video, or cut short.
+  """
+  with _capture(path, num_threads) as capture:
+    fps, count = _header(capture)
+  duration_s = count / fps
+  may_seek = True
+  while True:
+    wanted = spread(max(count, 1), num_frames)
+    frames, time_s, found = _decode(
+        path, wanted, size_px, num_threads, to_the_end=True, may_seek=may_seek
+    )
+    if found is None and len(frames) == len(wanted):
+      break  # read by seeking, up to the last part
+    if found == count:
+      break
+    # The header was wrong: count, and spread the frames anew.
+    may_seek = False
+    count = count if found is None else found
+  if time_s[-1] + duration_s / len(wanted) < _MIN_DECODABLE * duration_s:
+    raise VideoError(
+        f"{path}: cut short; it should last {duration_s:.1f} s, and"
+        f" {time_s[-1]:.1f} s can be decoded"
+    )
+  real = len(frames)
+  pad = num_frames - real
+  return Scan(
+      frames=np.pad(np.stack(frames), [(0, pad)] + [(0, 0)] * 3),
+      mask=np.arange(num_frames) < real,
+      time_s=np.pad(np.asarray(time_s), (0, pad)),
+      frame_index=np.pad(wanted, (0, pad)).astype(np.int32),
+      num_frames=count,
+  )
+
+
+def spread(count: int, num: int) -> np.ndarray:
+  """int64[min(count, num)]: `floor((k + 0.5) count / num)`, or all numbers."""
+  if count <= num:
+    return np.arange(count)
+  return (2 * np.arange(num) + 1) * count // (2 * num)
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = 28,
+    min_pixels: int = 4 * 28 * 28,
+    max_pixels: int = 16384 * 28 * 28,
+) -> tuple[int, int]:
+  """The size at which Qwen2-VL (arXiv 2409.12191) sees a picture.
+
+  Both sides become multiples of `factor`; the area stays within the limits and
+  the aspect ratio nearly the same.
+
+  Args:
+    height: pixels.
+    width: pixels.
+    factor: patch size times merge size.
+    min_pixels: smallest area.
+    max_pixels: largest area.
+
+  Returns:
+    (height, width) in pixels.
+
+  Raises:
+    ValueError: a side ratio above 200, which no such grid shows.
+  """
+  if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+    raise ValueError(
+        f"got a picture of {height} x {width} px, expected positive sides with"
+        " a ratio of at most 200"
+    )
+  rows = max(factor, round(height / factor) * factor)
+  columns = max(factor, round(width / factor) * factor)
+  if rows * columns > max_pixels:
+    scale = math.sqrt(height * width / max_pixels)
+    rows = max(factor, math.floor(height / scale / factor) * factor)
+    columns = max(factor, math.floor(width / scale / factor) * factor)
+  elif rows * columns < min_pixels:
+    scale = math.sqrt(min_pixels / (height * width))
+    rows = math.ceil(height * scale / factor) * factor
+    columns = math.ceil(width * scale / factor) * factor
+  return rows, columns
+
+
+@contextlib.contextmanager
+def _capture(
+    path: str | pathlib.Path, num_threads: int
+) -> Iterator[cv2.VideoCapture]:
+  """An open file; OpenCV's own errors become VideoErrors."""
+  file = pathlib.Path(path)
+  if not file.is_file():
+    what = "is a folder" if file.is_dir() else "there is no such file"
+    raise VideoError(f"{path}: {what}; expected a video file")
+  if not file.stat().st_size:
+    raise VideoError(f"{path}: the file is empty; expected a video")
+  capture = cv2.VideoCapture(
+      str(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, num_threads]
+  )
+  try:
+    if not capture.isOpened():
+      raise VideoError(
+          f"{path}: not a video that OpenCV can open, or cut short"
+      )
+    yield capture
+  except cv2.error as error:
+    raise VideoError(f"{path}: cannot be decoded ({error})") from error
+  finally:
+    capture.release()
+
+
+def _header(capture: cv2.VideoCapture) -> tuple[float, int]:
+  """Frames a second (25 where the file does not say) and frames."""
+  fps = capture.get(cv2.CAP_PROP_FPS)
+  count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+  fps = fps if math.isfinite(fps) and fps > 0 else 25.0
+  return fps, int(count) if math.isfinite(count) and count > 0 else 0
+
+
+def _decode(
+    path: str | pathlib.Path,
+    wanted: np.ndarray | None,
+    size_px: tuple[int, int] | None,
+    num_threads: int,
+    *,
+    to_the_end: bool = False,
+    may_seek: bool = True,
+) -> tuple[list[np.ndarray], list[float], int | None]:
+  """The wanted frames (ascending numbers), their times, and how many exist.
+
+  Long gaps are seeked over where the times show that the seek ended at the
+  right frame; else the file is decoded through. The count is None where the
+  file was not decoded to its end.
+  """
+  try:
+    with _capture(path, num_threads) as capture:
+      found = _walk(capture, wanted, size_px, to_the_end, may_seek)
+  except _Moved:
+    with _capture(path, num_threads) as capture:
+      found = _walk(capture, wanted, size_px, to_the_end, False)
+  if found[2] == 0:
+    raise VideoError(f"{path}: no frame can be decoded")
+  return found
+
+
+def _walk(capture, wanted, size_px, to_the_end, may_seek):
+  fps, count = _header(capture)
+  frames, time_s = [], []
+  position, now_s, seeked = 0, -1 / fps, False
+
+  def step() -> bool:
+    nonlocal position, now_s
+    if not capture.grab():
+      return False
+    stamp_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+    # Raw streams have no stamps, and broken ones go back: one frame on.
+    now_s = stamp_s if stamp_s > now_s else now_s + 1 / fps
+    position += 1
+    return True
+
+  def keep() -> None:
+    found, picture = capture.retrieve()
+    if not found:
+      raise cv2.error(f"frame {position - 1}")
+    frames.append(_resize(picture, size_px))
+    time_s.append(now_s)
+
+  if wanted is None:
+    while step():
+      keep()
+    return frames, time_s, position
+  for number in wanted.tolist():
+    gap = number - position
+    if may_seek and gap > _SEEK_FRAMES and number < count:
+      capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+      position, seeked = number, True
+      if not step() or abs(now_s - number / fps) > 0.5 / fps:
+        raise _Moved
+    while position <= number:
+      if not step():
+        return frames, time_s, None if seeked else position
+    keep()
+  if to_the_end and not seeked:
+    while step():
+      pass
+    return frames, time_s, position
+  return frames, time_s, None
+
+
+def _resize(
+    picture: np.ndarray, size_px: tuple[int, int] | None
+) -> np.ndarray:
+  """uint8[h, w, 3] BGR -> RGB of the wanted size."""
+  if size_px is not None and picture.shape[:2] != tuple(size_px):
+    height, width = size_px
+    shrinks = height <= picture.shape[0] and width <= picture.shape[1]
+    picture = cv2.resize(
+        picture, (width, height),
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC,
+    )
+  return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)

@@ -1,0 +1,120 @@
+"""The one command: `python -m cf_jax.main --config=configs/NAME.py`.
+
+Flags, `jax.distributed`, and the program that the config names; everything
+else is a library, so that tests and notebooks call the programs themselves.
+"""
+
+import difflib
+import importlib
+import os
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+PROGRAMS = ("train",)
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: configs/NAME.py or configs/NAME.py:ARG.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; runs/<config.name> by default."
+)
+
+
+def _leaves(config, prefix="") -> list[str]:
+  """Every dotted key of a config."""
+  keys = []
+  for name, value in config.items():
+    dotted = f"{prefix}{name}"
+    keys.append(dotted)
+    if hasattr(value, "items"):
+      keys += _leaves(value, dotted + ".")
+  return keys
+
+
+def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
+  """One sentence for a misspelt `--config.x.y`, with the nearest right key.
+
+  Args:
+    error: what absl or ml_collections raised.
+    argv: the command line.
+
+  Returns:
+    The sentence, or None where the error is about something else.
+  """
+  given = [
+      re.match(r"--?config\.([\w.\[\]]+)", arg) for arg in argv
+  ]
+  path = next(
+      (re.match(r"--?config[= ](.+)", a).group(1) for a in argv
+       if re.match(r"--?config[= ]", a)), None,
+  )
+  if path is None:
+    return None
+  loader = config_flags.config_flags._ConfigFileParser(name="config")
+  config = loader.parse(path)
+  known = _leaves(config)
+  for match in given:
+    if match and match.group(1) not in known:
+      wrong = match.group(1)
+      near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+      last = [k for k in known if k.split(".")[-1] == wrong.split(".")[-1]]
+      hint = near or last[:1]
+      advice = f"; did you mean --config.{hint[0]}?" if hint else ""
+      return f"--config.{wrong} is not a setting of {path}{advice}"
+  return str(error)
+
+
+def run(argv: list[str]) -> None:
+  """Dispatches on `config.program`."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  if _CONFIG.value is None:
+    raise app.UsageError(
+        "--config is missing; try --config=configs/kfgrpo_cpu.py"
+    )
+  config = _CONFIG.value
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
+  if config.program not in PROGRAMS:
+    raise app.UsageError(
+        f"config.program must be one of {PROGRAMS}, got {config.program!r}"
+    )
+  import jax  # after flags, so that a misspelt key answers at once
+
+  if config.distributed:
+    jax.distributed.initialize()
+  if config.compilation_cache_dir:
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.path.abspath(os.path.expanduser(config.compilation_cache_dir)),
+    )
+  program = importlib.import_module(f"cf_jax.programs.{config.program}")
+  program.run(config, workdir)
+
+
+def main() -> None:
+  """Entry point: user errors become one sentence and exit code 2."""
+  logging.set_verbosity(logging.INFO)
+  try:
+    app.run(run, flags_parser=_parse)
+  except ValueError as error:
+    logging.debug("traceback", exc_info=True)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv):
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError, flags.Error) as error:
+    sentence = explain_flag_error(error, argv)
+    print(f"error: {sentence or error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,423 @@
+"""What every program needs before it starts: data, tokenizer, model, views.
+
+`build` reads a config top to bottom; nothing here trains or judges.
+"""
+
+import dataclasses
+import hashlib
+import math
+import pathlib
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from cf_jax import policy, sampling, views
+from cf_jax.data import (
+    answers,
+    patches,
+    pipeline,
+    prompts,
+    records,
+    synthetic,
+)
+from cf_jax.models import config as model_config
+from cf_jax.models import vlm
+from cf_jax.runtime import optim, sharding, telemetry
+from cf_jax.types import Rollout, TrainState, View
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config turned into objects.
+
+  Attributes:
+    config: the run's ConfigDict, locked.
+    workdir: where everything of the run is kept.
+    mesh: device mesh.
+    tokenizer: the one door between text and ids.
+    model: shape of the policy.
+    samples: split -> list of Sample.
+    make_views: batch -> Prepared.
+    banned: bool[V] ids that are never sampled.
+    data_hash: of every question, answer and video name.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  tokenizer: prompts.Tokenizer
+  model: model_config.VLMConfig
+  samples: dict[str, list[records.Sample]]
+  make_views: views.ViewMaker
+  banned: np.ndarray
+  data_hash: str
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(height, width) of a frame in patches."""
+    return self.make_views.grid
+
+  def loader(self, split: str, **overrides) -> Any:
+    """A grain iterator over one split, sharded over processes."""
+    settings = dict(self.config.data.loader) | overrides
+    return pipeline.make_loader(
+        self.samples[split], seed=self.config.seed,
+        max_skip_fraction=self.config.data.max_skip_fraction,
+        shard_index=jax.process_index(), shard_count=jax.process_count(),
+        **settings,
+    )
+
+  def put(self, tree: Any) -> Any:
+    """Batch-leading numpy arrays to devices, split over data and fsdp."""
+    return sharding.put_batch(tree, self.mesh)
+
+
+def load_samples(
+    *, source: str, cache_dir: str, synthetic_set: dict, seed: int,
+) -> dict[str, list[records.Sample]]:
+  """Samples of every split.
+
+  Args:
+    source: "synthetic", or "jsonl:PATH" for a user's manifest. A folder with
+      `train.jsonl`, `dev.jsonl`, `test.jsonl` gives the splits; of a single
+      file, the last tenth is `test` and the tenth before it `dev`.
+    cache_dir: where generated sets lie.
+    synthetic_set: keyword arguments of `synthetic.ensure`.
+    seed: generator seed of the built-in set.
+
+  Raises:
+    ValueError: an unknown source or a bad manifest.
+  """
+  if source == "synthetic":
+    root = synthetic.ensure(cache_dir, seed=seed, **synthetic_set)
+    return {split: synthetic.load(root, split) for split in SPLITS}
+  kind, _, path = source.partition(":")
+  if kind != "jsonl" or not path:
+    raise ValueError(
+        f"data.source must be 'synthetic' or 'jsonl:PATH', got {source!r};"
+        " change config.data.source"
+    )
+  path = pathlib.Path(path)
+  if path.is_dir():
+    return {
+        split: records.load_jsonl(path / f"{split}.jsonl") for split in SPLITS
+    }
+  everything = records.load_jsonl(path)
+  tenth = len(everything) // 10
+  if tenth < 1:
+    raise ValueError(
+        f"{path} has {len(everything)} lines, expected at least 10 to hold out"
+        " a dev and a test tenth; give a folder with train.jsonl, dev.jsonl and"
+        " test.jsonl in config.data.source"
+    )
+  return {
+      "train": everything[: -2 * tenth],
+      "dev": everything[-2 * tenth : -tenth],
+      "test": everything[-tenth:],
+  }
+
+
+def build(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> Experiment:
+  """Reads the config and makes everything that does not train."""
+  mesh = sharding.make_mesh(**config.mesh)
+  samples = load_samples(
+      source=config.data.source, cache_dir=config.data.cache_dir,
+      synthetic_set=dict(config.data.synthetic), seed=config.data.seed,
+  )
+  for split, rows in samples.items():
+    logging.info("%s: %d samples", split, len(rows))
+    for sample in rows:  # an unreadable truth fails here, not after an hour
+      answers.accuracy(None, sample)
+
+  tokenizer = prompts.load_tokenizer(config.tokenizer)
+  model = model_config.make(
+      vocab_size=tokenizer.vocab_size, **config.model
+  )
+
+  reader = pipeline.FrameReader(**config.data.reader)
+  encode = None
+  if config.scan.descriptor == "vision":
+    encode = _vision_descriptor(config, model)
+  make_views = views.ViewMaker(
+      tokenizer,
+      views.make_selector(
+          descriptor=config.scan.descriptor, encode=encode, **config.tad
+      ),
+      reader,
+      prompt=dict(config.prompt.build),
+      max_prompt_tokens=config.prompt.max_tokens,
+      patch=(
+          model.vision.patch_size,
+          model.vision.spatial_merge_size,
+          model.vision.temporal_patch_size,
+      ),
+      num_keyframes=config.tad.num_keyframes,
+      num_shuffles=config.contrast.num_shuffles,
+      seed=config.seed,
+  )
+  return Experiment(
+      config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer,
+      model=model, samples=samples, make_views=make_views,
+      banned=tokenizer.banned_mask(model.vocab_size),
+      data_hash=hash_samples(samples),
+  )
+
+
+def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
+  """First 16 hex digits of a SHA-256 over every question, answer and video."""
+  digest = hashlib.sha256()
+  for split, rows in sorted(samples.items()):
+    for row in rows:
+      said = (split, row.id, pathlib.Path(row.video).name, row.question,
+              row.options, row.answer)
+      digest.update(repr(said).encode())
+  return digest.hexdigest()[:16]
+
+
+def summary(
+    experiment: Experiment, writer: telemetry.MetricWriter
+) -> dict[str, str]:
+  """What a run is about to do, for the start-up table."""
+  config = experiment.config
+  abstract = jax.eval_shape(
+      lambda: vlm.init(experiment.model, jax.random.key(0))
+  )
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(
+      abstract
+  ))
+  num_keyframes = config.tad.num_keyframes
+  num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
+  prompt = max(
+      experiment.make_views.count_tokens(sample)
+      for sample in experiment.samples["train"][:256]
+  )
+  batch, group = config.rl.prompts_per_step, config.sampling.num_completions
+  slots = config.prompt.max_tokens + group * config.sampling.max_tokens
+  model = experiment.model
+  cache = (
+      2 * model.num_hidden_layers * batch * slots * model.num_key_value_heads
+      * model.head_dim * jnp.dtype(model.dtype).itemsize
+  )
+  mib = 2.0**20
+  devices = jax.devices()
+  return {
+      "devices": f"{len(devices)} x {devices[0].device_kind}, mesh"
+                 f" {dict(experiment.mesh.shape)}",
+      "policy": f"{config.model.size}: {count / 1e6:.2f} M parameters",
+      "samples": ", ".join(
+          f"{split} {len(rows)}"
+          for split, rows in experiment.samples.items()
+      ),
+      "frames": f"{config.data.loader.scan_frames} scanned, {num_keyframes}"
+                " shown",
+      "tokens per sample": f"{num_visual} visual, {prompt} in the longest of"
+                           f" 256 prompts (limit {config.prompt.max_tokens}),"
+                           f" up to {config.sampling.max_tokens} new",
+      "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
+                 " completions; an epoch is"
+                 f" {len(experiment.samples['train']) // batch} updates",
+      "memory": f"parameters {size / mib:.1f} MiB, Adam {2 * size / mib:.1f},"
+                f" reference {size / mib:.1f}, key/value cache"
+                f" {cache / mib:.1f}",
+      "kept in": str(experiment.workdir),
+      "event files": writer.backend,
+  }
+
+
+def _vision_descriptor(config, model):
+  """uint8[B, T, h, w, 3] -> [B, T, E] by the policy's own vision tower.
+
+  The tower is the initial one (seeded), so that the scan of a run does not
+  change under its feet while the policy trains.
+  """
+  params = vlm.init(model, jax.random.key(config.seed))
+  height, width = config.data.loader.scan_size_px
+  grid = patches.grid_of(
+      height, width, patch=model.vision.patch_size,
+      merge=model.vision.spatial_merge_size,
+  )
+
+  @jax.jit
+  def encode(pixel):
+    token = policy.encode_frames(model, params, pixel, grid=grid)
+    return jnp.mean(token, axis=2)
+
+  def embed(scan):
+    pixel = patches.frames_to_patches(
+        scan.reshape(-1, *scan.shape[2:]), patch=model.vision.patch_size,
+        merge=model.vision.spatial_merge_size,
+        temporal=model.vision.temporal_patch_size,
+    )
+    return encode(pixel.reshape(*scan.shape[:2], *pixel.shape[1:]))
+
+  return embed
+
+
+def make_state(
+    experiment: Experiment,
+    optimizer_settings: ml_collections.ConfigDict,
+    params: Any | None = None,
+) -> tuple[TrainState, TrainState, optax.GradientTransformation]:
+  """A fresh TrainState on the mesh, its shardings, and its optimizer.
+
+  Args:
+    experiment: from `experiment.build`.
+    optimizer_settings: keyword arguments of `optim.make_optimizer`.
+    params: where to start; seeded random weights if None. Copied, so that a
+      donated state never takes the reference policy's buffers with it.
+  """
+  abstract = jax.eval_shape(
+      lambda: vlm.init(experiment.model, jax.random.key(0))
+  )
+  optimizer = optim.make_optimizer(abstract, **optimizer_settings)
+
+  def init(rng, params):
+    if params is None:
+      params = vlm.init(experiment.model, rng)
+    else:
+      params = jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=jnp.int32(0), params=params, opt_state=optimizer.init(params),
+        rng=jax.random.key_data(rng),
+    )
+
+  rng = jax.random.key(experiment.config.seed)
+  shardings = sharding.tree_shardings(
+      jax.eval_shape(init, rng, params), experiment.mesh,
+      sharding.STATE_RULES,
+  )
+  state = jax.jit(init, out_shardings=shardings)(rng, params)
+  return state, shardings, optimizer
+
+
+def make_answer_step(experiment: Experiment, *, max_tokens: int):
+  """Jitted greedy answers: params, View, encoded frames -> Rollout, G = 1."""
+  eos = experiment.tokenizer.eos_id
+
+  @jax.jit
+  def answer_step(params, view: View, encoded) -> Rollout:
+    count = encoded.shape[0]
+    return sampling.generate(
+        experiment.model, params, view.prompt,
+        policy.show(encoded, view.frame),
+        jnp.zeros((count, 2), jnp.uint32), jnp.asarray(experiment.banned),
+        num_completions=1, max_tokens=max_tokens, eos_id=eos, temperature=0.0,
+    )
+
+  return answer_step
+
+
+def make_encode_step(experiment: Experiment):
+  """Jitted vision: params, pixel -> visual tokens of every frame."""
+
+  @jax.jit
+  def encode_step(params, pixel):
+    return policy.encode_frames(
+        experiment.model, params, pixel, grid=experiment.grid
+    )
+
+  return encode_step
+
+
+def decode_rollout(
+    tokenizer: prompts.Tokenizer, token: np.ndarray, mask: np.ndarray
+) -> list[list[str]]:
+  """Completions as text, the end token left out: [B][G]."""
+  return [
+      [
+          tokenizer.decode([
+              int(i) for i in row[real] if i != tokenizer.eos_id
+          ])
+          for row, real in zip(rows, reals, strict=True)
+      ]
+      for rows, reals in zip(token, mask, strict=True)
+  ]
+
+
+class Stream:
+  """Prepared batches of a split, made one ahead of the device.
+
+  A thread reads, scans and words the next batch while the current one is
+  computed on. Every batch comes with the loader state after it, so that a
+  checkpoint written beside it never counts a batch that was only read ahead.
+
+  Args:
+    experiment: from `build`.
+    split: "train", "dev" or "test".
+    arms: views to make.
+    batch_size: videos a batch, of this process.
+    first: number of the first batch; it seeds the permutations.
+    loader_state: to go on after, from an earlier batch; None starts anew.
+  """
+
+  def __init__(
+      self,
+      experiment: Experiment,
+      split: str,
+      arms: Sequence[str],
+      *,
+      batch_size: int,
+      first: int = 0,
+      loader_state: dict | None = None,
+  ):
+    self._loader = experiment.loader(split, batch_size=batch_size)
+    if loader_state is not None:
+      self._loader.set_state(loader_state)
+    self._experiment = experiment
+    self._arms = tuple(arms)
+    self._next = first
+    self._queue = queue.Queue(maxsize=1)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._work, daemon=True)
+    self._thread.start()
+
+  def _work(self) -> None:
+    try:
+      while not self._closed.is_set():
+        batch = next(self._loader)
+        prepared = self._experiment.make_views(
+            batch, self._arms, draw=self._next
+        )
+        self._next += 1
+        self._offer((prepared, self._loader.get_state()))
+    except Exception as error:  # handed to the loop, which raises it
+      self._offer(error)
+
+  def _offer(self, item) -> None:
+    while not self._closed.is_set():
+      try:
+        return self._queue.put(item, timeout=0.2)
+      except queue.Full:
+        continue
+
+  def __next__(self) -> tuple[views.Prepared, dict]:
+    """The next batch and the loader state that follows it."""
+    item = self._queue.get()
+    if isinstance(item, Exception):
+      raise item
+    return item
+
+  @property
+  def skipped(self) -> int:
+    """Unreadable videos so far."""
+    return self._loader.skipped_total
+
+  def __enter__(self) -> "Stream":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._closed.set()
+    self._thread.join()

@@ -1,0 +1,216 @@
+"""Supervised cold start on worded reasoning, stopped while there is something
+left to learn.
+
+The loss is the mean negative log-likelihood of the target's tokens (reasoning,
+answer and end token); prompt tokens carry no loss.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from cf_jax import masked, policy
+from cf_jax.data import prompts, records
+from cf_jax.programs import evaluate
+from cf_jax.programs import experiment as experiment_lib
+from cf_jax.runtime import checkpoint, optim, sharding, telemetry
+from cf_jax.types import Rollout, TrainState, View
+
+
+class Targets(NamedTuple):
+  """What one SFT update reads.
+
+  Attributes:
+    view: View of B videos (ordered keyframes).
+    pixel: float32[B, K, 4P, patch].
+    target: Rollout with G = 1, the wanted completion.
+  """
+
+  view: View
+  pixel: jax.Array
+  target: Rollout
+
+
+def target_rollout(
+    tokenizer: prompts.Tokenizer,
+    samples: list[records.Sample],
+    max_tokens: int,
+) -> Rollout:
+  """The wanted completion of each sample as a Rollout with G = 1.
+
+  Raises:
+    ValueError: a target longer than `max_tokens`; it is never cut.
+  """
+  shape = (len(samples), 1, max_tokens)
+  token = np.full(shape, tokenizer.eos_id, dtype=np.int32)
+  mask = np.zeros(shape, dtype=bool)
+  for row, sample in enumerate(samples):
+    ids = tokenizer.encode(
+        prompts.target_text(sample.reasoning, sample.answer)
+    ) + [tokenizer.eos_id]
+    if len(ids) > max_tokens:
+      raise ValueError(
+          f"the target of sample {sample.id!r} has {len(ids)} tokens, the limit"
+          f" is {max_tokens}; raise config.sampling.max_tokens"
+      )
+    token[row, 0, : len(ids)] = ids
+    mask[row, 0, : len(ids)] = True
+  return Rollout(
+      token=token, mask=mask, logprob=np.zeros(shape, np.float32),
+      finished=np.ones(shape[:2], dtype=bool),
+  )
+
+
+def sft_loss(
+    params: Any, batch: Targets, *, model, grid, banned
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean negative log-likelihood of the target tokens, in nats a token."""
+  encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
+  logprob, entropy = policy.completion_logprobs(
+      model, params, batch.view, encoded, batch.target, banned
+  )
+  loss = -masked.masked_mean(logprob, batch.target.mask)
+  return loss, {
+      "loss": loss,
+      "entropy": masked.masked_mean(entropy, batch.target.mask),
+  }
+
+
+def make_sft_step(
+    experiment: experiment_lib.Experiment,
+    optimizer: optax.GradientTransformation,
+    state_shardings: TrainState,
+):
+  """The jitted update: state (donated), Targets -> state, metrics."""
+  banned = jnp.asarray(experiment.banned)
+
+  def sft_step(state: TrainState, batch: Targets):
+    (_, metrics), grad = jax.value_and_grad(sft_loss, has_aux=True)(
+        state.params, batch, model=experiment.model, grid=experiment.grid,
+        banned=banned,
+    )
+    return apply_gradient(state, grad, metrics, optimizer)
+
+  return jax.jit(
+      sft_step, donate_argnums=0,
+      in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
+      out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
+  )
+
+
+def apply_gradient(
+    state: TrainState,
+    grad: Any,
+    metrics: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer update; a non-finite gradient leaves the state as it was.
+
+  `metrics["nonfinite"]` is 1 where that happened; the loop stops there.
+  """
+  finite = optim.all_finite(grad)
+  updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+
+  def keep(new, old):
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+  metrics = metrics | {
+      "grad_norm": optax.global_norm(grad),
+      "nonfinite": 1.0 - finite.astype(jnp.float32),
+  }
+  return state.replace(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+  ), metrics
+
+
+def cold_start(
+    experiment: experiment_lib.Experiment,
+    judge: evaluate.Evaluator,
+    writer: telemetry.MetricWriter,
+    store: checkpoint.Checkpoints,
+) -> TrainState:
+  """Trains until dev accuracy reaches `sft.stop_accuracy`, or `max_steps`.
+
+  Args:
+    experiment: from `experiment.build`.
+    judge: answers the dev split under the keyframes view.
+    writer: where metrics go.
+    store: the stage's checkpoints; an unfinished stage goes on from there.
+
+  Returns:
+    TrainState whose parameters start (and anchor) the reinforcement stage.
+  """
+  config = experiment.config.sft
+  state, shardings, optimizer = experiment_lib.make_state(
+      experiment, config.optim
+  )
+  first, loader_state = 0, None
+  if store.latest_step() is not None:
+    state, host = store.restore(state)
+    first, loader_state = int(state.step), host["loader"]
+    if host["done"]:
+      logging.info("cold start: done at update %d", first)
+      return state
+    logging.info("cold start: continues at update %d", first)
+  sft_step = make_sft_step(experiment, optimizer, shardings)
+  timer = telemetry.PhaseTimer()
+
+  with (
+      experiment_lib.Stream(
+          experiment, "train", ("keyframes",), batch_size=config.batch_size,
+          first=first, loader_state=loader_state,
+      ) as stream,
+      telemetry.progress(
+          "cold start", config.max_steps, start=first, unit="update"
+      ) as bar,
+  ):
+    for step in range(first + 1, config.max_steps + 1):
+      with timer("data"):
+        prepared, loader_state = next(stream)
+        view = prepared.view["keyframes"]
+        targets = Targets(
+            view=view,
+            pixel=prepared.pixel[:, : view.frame.shape[1]],
+            target=target_rollout(
+                experiment.tokenizer, prepared.batch.samples,
+                experiment.config.sampling.max_tokens,
+            ),
+        )
+      with timer("update"):
+        state, metrics = sft_step(state, experiment.put(targets))
+        metrics = jax.device_get(metrics)
+      if metrics["nonfinite"]:
+        raise FloatingPointError(
+            f"cold start: non-finite gradient at update {step}; lower"
+            " config.sft.optim.learning_rate"
+        )
+      timer.step()
+      bar.advance(loss=float(metrics["loss"]))
+      done = step == config.max_steps
+      if step % config.eval_every == 0 or done:
+        with timer("evaluate"):
+          judged = judge.run(state.params)["keyframes"]
+        metrics["dev_accuracy"] = float(np.mean(judged.correct))
+        done = done or metrics["dev_accuracy"] >= config.stop_accuracy
+        logging.info(
+            "cold start: update %d, loss %.3f, dev accuracy %.3f", step,
+            metrics["loss"], metrics["dev_accuracy"],
+        )
+      writer.write(
+          step, "sft",
+          metrics | timer.collect() | {"data/skipped_total": stream.skipped},
+      )
+      if done or step % config.checkpoint_every == 0:
+        writer.flush()
+        store.save(step, state, {"loader": loader_state, "done": done})
+      if done:
+        break
+  store.wait()
+  return state

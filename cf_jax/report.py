@@ -1,0 +1,1011 @@
+"""A run as one HTML page, and the film strip of one video.
+
+The page is self-contained (pictures are data URIs, the style is inline, there
+is no script), so it opens offline and can be mailed. It shows what it finds: a
+run that is not finished has a page without results.
+
+Axes: `T` scanned frames, `K` frames shown.
+"""
+
+import base64
+import datetime
+import html
+import io
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.axes
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg
+import matplotlib.figure
+import matplotlib.gridspec
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+
+from cf_jax.runtime import telemetry
+
+REPORT_FILE = "report.html"
+RESULTS_FILE = "results.json"
+STRIPS_FOLDER = "film_strips"
+
+_INK = "#1c2733"
+_MUTED = "#66727f"
+_RULE = "#dfe4ea"
+_BLUE = "#1f5fa8"  # TAD, and the policy after RL
+_GREY = "#8b97a3"  # uniform, and the policy before RL
+_AMBER = "#e8a33d"  # what is true: events
+_SERIES = (_BLUE, "#c8553d", "#3f8f6b", "#8a5fa8", _AMBER, _GREY)
+
+_STYLE = {
+  "axes.edgecolor": _MUTED,
+  "axes.labelcolor": _MUTED,
+  "axes.linewidth": 0.8,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.titlecolor": _INK,
+  "axes.titlelocation": "left",
+  "axes.titlesize": 10.5,
+  "axes.titleweight": "bold",
+  "figure.facecolor": "white",
+  "font.family": "DejaVu Sans",
+  "font.size": 9,
+  "legend.frameon": False,
+  "svg.hashsalt": "cf_jax",
+  "text.color": _INK,
+  "xtick.color": _MUTED,
+  "ytick.color": _MUTED,
+}
+
+_STAGES = {"sft": "cold start", "rl": "KF-GRPO"}
+_VIEWS = {
+  "keyframes": "TAD keyframes",
+  "tad": "TAD keyframes",
+  "uniform": "uniform frames",
+  "shuffled": "keyframes, shuffled",
+  "reversed": "keyframes, reversed",
+  "single": "one frame",
+  "times": "times only",
+  "blind": "no frames",
+}
+
+# One panel each: title, axis label, (stage, pattern of the metric's name, what
+# the series is called; \1 is the pattern's group) and whether it is a share.
+_PANELS = (
+  (
+    "Accuracy",
+    "right answers (%)",
+    True,
+    (
+      ("sft", r"dev_accuracy|accuracy/dev", "cold start, greedy on dev"),
+      ("rl", r"dev_accuracy|accuracy/dev", "KF-GRPO, greedy on dev"),
+      ("rl", r"reward/accuracy", "KF-GRPO, sampled in training"),
+    ),
+  ),
+  (
+    "Accuracy by task, in training",
+    "right answers (%)",
+    True,
+    (("rl", r"accuracy/(?!dev)(.+)", r"\1"),),
+  ),
+  ("Reward", "mean reward", False, (("rl", r"reward/mean", "total"),)),
+  (
+    "Reward parts",
+    "mean, unweighted",
+    False,
+    (("rl", r"reward/(?!mean|std|total)(.+)", r"\1"),),
+  ),
+  (
+    "Contrast bonus",
+    "mean bonus",
+    False,
+    (("rl", r"bonus/(.+)", r"\1"), ("rl", r"bonus", "bonus")),
+  ),
+  (
+    "Distance to the reference",
+    "KL (nats per token)",
+    False,
+    (("rl", r"(?:loss/)?kl", "KL"),),
+  ),
+  (
+    "Entropy",
+    "nats per token",
+    False,
+    (("rl", r"(?:loss/)?entropy", "entropy"),),
+  ),
+  (
+    "Completion length",
+    "tokens",
+    False,
+    (("rl", r"(?:completion/)?length(?:/mean)?", "length"),),
+  ),
+  (
+    "Loss of the cold start",
+    "nats per token",
+    False,
+    (("sft", r"loss", "loss"),),
+  ),
+)
+
+
+# ---------------------------------------------------------------- film strip
+
+
+def film_strip(
+  path: str | os.PathLike,
+  *,
+  uniform_frames: np.ndarray,
+  uniform_s: Sequence[float],
+  tad_frames: np.ndarray,
+  tad_s: Sequence[float],
+  score: np.ndarray,
+  time_s: np.ndarray,
+  apex: np.ndarray,
+  events: Sequence[tuple[float, float, str]] = (),
+  score_name: str = "variation score",
+  about: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Draws uniform frames against keyframes over their score curve.
+
+  A frame taken while an event was to be seen has an amber frame around it.
+
+  Args:
+    path: of the PNG.
+    uniform_frames: uint8[K, height, width, 3] RGB.
+    uniform_s: [K] their times in seconds.
+    tad_frames: uint8[K', height, width, 3] RGB; K' <= K where a video is short.
+    tad_s: [K'] their times in seconds, ascending.
+    score: float[T] curve.
+    time_s: float[T] times of the scanned frames in seconds.
+    apex: bool[T] inflections.
+    events: (start_s, end_s, label) of what really happened, if known.
+    score_name: label of the curve's axis.
+    about: question, options, answer, caption, ...: kept as JSON beside the PNG
+      and shown by the page.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: frames and times, or the curve's arrays, differ in length.
+  """
+  path = pathlib.Path(path)
+  score, time_s = np.asarray(score, float), np.asarray(time_s, float)
+  apex = np.asarray(apex, bool)
+  _check_lengths(uniform_frames=len(uniform_frames), uniform_s=len(uniform_s))
+  _check_lengths(tad_frames=len(tad_frames), tad_s=len(tad_s))
+  _check_lengths(score=len(score), time_s=len(time_s), apex=len(apex))
+  columns = max(len(uniform_frames), len(tad_frames), 1)
+  height, width = np.shape(uniform_frames)[1:3]
+  cell = 10.6 / columns  # inches
+  row = min(cell * height / width, 2.4)
+  page = 2 * row + 0.40 + 2.35 + 0.24 + 0.46  # with the margins below
+  with matplotlib.rc_context(_STYLE):
+    figure = matplotlib.figure.Figure(figsize=(11.6, page))
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    rows = matplotlib.gridspec.GridSpec(
+      4,
+      1,
+      figure=figure,
+      height_ratios=[row, 0.40, row, 2.35],
+      left=0.085,
+      right=0.995,
+      top=1 - 0.24 / page,
+      bottom=0.46 / page,
+      hspace=0.0,
+    )
+    _frame_row(
+      figure,
+      rows[0],
+      columns,
+      uniform_frames,
+      uniform_s,
+      events,
+      "uniform",
+      _GREY,
+    )
+    shown = _frame_row(
+      figure, rows[2], columns, tad_frames, tad_s, events, "TAD", _BLUE
+    )
+    lower = matplotlib.gridspec.GridSpecFromSubplotSpec(
+      2, 1, rows[3], height_ratios=[0.4, 1.95], hspace=0
+    )
+    axes = figure.add_subplot(lower[1])
+    _curve(axes, score, time_s, apex, events, uniform_s, tad_s, score_name)
+    for cell_axes, second in zip(shown, tad_s, strict=True):
+      axes.add_artist(
+        matplotlib.patches.ConnectionPatch(
+          (0.5, 0.0),
+          (second, 1.0),
+          "axes fraction",
+          axes.get_xaxis_transform(),
+          axesA=cell_axes,
+          axesB=axes,
+          color=_BLUE,
+          linewidth=0.8,
+          alpha=0.55,
+          clip_on=False,
+        )
+      )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+  if about is not None:
+    telemetry.write_json(path.with_suffix(".json"), about)
+  return path
+
+
+def _check_lengths(**lengths: int) -> None:
+  if len(set(lengths.values())) > 1:
+    found = ", ".join(f"{name} {size}" for name, size in lengths.items())
+    raise ValueError(f"film_strip: expected equal lengths, got {found}")
+
+
+def _frame_row(
+  figure, spec, columns, frames, seconds, events, label, color
+) -> list[matplotlib.axes.Axes]:
+  grid = matplotlib.gridspec.GridSpecFromSubplotSpec(
+    1, columns, spec, wspace=0.06
+  )
+  made = []
+  for column, (frame, second) in enumerate(zip(frames, seconds, strict=True)):
+    axes = figure.add_subplot(grid[column])
+    axes.imshow(frame, interpolation="bilinear")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(
+      f"{second:.2f} s",
+      loc="center",
+      fontsize=8.5,
+      color=color,
+      pad=3,
+      fontweight="normal",
+    )
+    hit = any(start <= second <= end for start, end, _ in events)
+    for spine in axes.spines.values():
+      spine.set_visible(True)
+      spine.set_edgecolor(_AMBER if hit else _RULE)
+      spine.set_linewidth(3.0 if hit else 0.8)
+    made.append(axes)
+  if made:
+    made[0].set_ylabel(
+      label,
+      rotation=0,
+      ha="right",
+      va="center",
+      fontsize=10,
+      fontweight="bold",
+      color=color,
+      labelpad=8,
+    )
+  return made
+
+
+def _curve(
+  axes, score, time_s, apex, events, uniform_s, tad_s, score_name
+) -> None:
+  label = "true event"
+  for start, end, name in events:
+    axes.axvspan(start, end, color=_AMBER, alpha=0.28, linewidth=0, label=label)
+    axes.annotate(
+      name,
+      ((start + end) / 2, 1),
+      xycoords=axes.get_xaxis_transform(),
+      xytext=(0, -2),
+      textcoords="offset points",
+      ha="center",
+      va="top",
+      fontsize=8,
+      color="#8a5a0a",
+    )
+    label = None
+  axes.plot(time_s, score, color=_INK, linewidth=1.3)
+  axes.plot(
+    time_s[apex],
+    score[apex],
+    linestyle="none",
+    marker="^",
+    markersize=6,
+    color="#c8553d",
+    markeredgecolor="white",
+    markeredgewidth=0.6,
+    label="apex",
+    zorder=4,
+  )
+  strip = {"linestyle": "none", "clip_on": False, "zorder": 5}
+  top = float(np.nanmax(score, initial=0.0)) or 1.0
+  axes.set_ylim(-0.14 * top, 1.22 * top)
+  axes.plot(
+    tad_s,
+    [-0.05 * top] * len(tad_s),
+    marker="|",
+    markersize=9,
+    markeredgewidth=2.2,
+    color=_BLUE,
+    label="TAD keyframe",
+    **strip,
+  )
+  axes.plot(
+    uniform_s,
+    [-0.10 * top] * len(uniform_s),
+    marker="|",
+    markersize=9,
+    markeredgewidth=2.2,
+    color=_GREY,
+    label="uniform frame",
+    **strip,
+  )
+  if len(time_s) > 1:
+    axes.set_xlim(time_s[0], time_s[-1])
+  axes.set_xlabel("time (s)")
+  axes.set_ylabel(score_name)
+  axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, prune="lower"))
+  axes.legend(
+    loc="upper right",
+    bbox_to_anchor=(1.0, -0.08),
+    ncols=4,
+    fontsize=8,
+    handletextpad=0.4,
+    columnspacing=1.4,
+    borderaxespad=0.2,
+  )
+
+
+# ---------------------------------------------------------------------- page
+
+
+def write_report(
+  workdir: str | os.PathLike, *, num_rollouts: int = 8
+) -> pathlib.Path:
+  """Writes report.html of a run from the files of its workdir.
+
+  Reads metrics.jsonl, results.json, rollouts.jsonl, manifest.json and
+  film_strips/*.png with their *.json; whatever is missing is left out.
+
+  Args:
+    workdir: folder of the run.
+    num_rollouts: completions shown, spread over the updates.
+
+  Returns:
+    Path of the page.
+
+  Raises:
+    ValueError: the workdir holds none of these files.
+  """
+  workdir = pathlib.Path(workdir)
+  metrics = telemetry.read_rows(workdir / telemetry.METRICS_FILE)
+  rollouts = telemetry.read_rows(workdir / telemetry.ROLLOUTS_FILE)
+  results = _read_json(workdir / RESULTS_FILE)
+  manifest = _read_json(workdir / telemetry.MANIFEST_FILE)
+  strips = sorted((workdir / STRIPS_FOLDER).glob("*.png"))
+  if not (metrics or rollouts or results or manifest or strips):
+    raise ValueError(f"{workdir} holds no run to report on; change --workdir")
+  name = manifest.get("config", {}).get("name") or workdir.resolve().name
+  with matplotlib.rc_context(_STYLE):
+    sections = [
+      ("Training", _training(metrics)),
+      ("Accuracy on held-out videos", _accuracy(results)),
+      ("What the policy saw", _strips(strips)),
+      ("Shortcuts", _probes(results.get("probes", {}))),
+      ("Rollouts", _rollouts(rollouts, num_rollouts)),
+      ("Where the time goes", _times(metrics, results.get("timing", {}))),
+      ("Settings", _settings(manifest)),
+    ]
+  body = "".join(
+    f"<section><h2>{title}</h2>{content}</section>"
+    for title, content in sections
+    if content
+  )
+  page = _PAGE.format(
+    title=_text(name),
+    style=_CSS,
+    head=_head(name, results, manifest),
+    body=body,
+  )
+  path = workdir / REPORT_FILE
+  telemetry.write_text(path, page)
+  return path
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _text(value: Any) -> str:
+  return html.escape(str(value), quote=True)
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+  return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _number(value: Any) -> str:
+  if isinstance(value, float):
+    return f"{value:.4g}"
+  return str(value)
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+  return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """Cells are HTML already; the first column is text, the rest numbers."""
+  top = "".join(f"<th>{cell}</th>" for cell in head)
+  lines = "".join(
+    "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+    for row in rows
+  )
+  return (
+    f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
+    f"<tbody>{lines}</tbody></table></div>"
+  )
+
+
+def _panel(
+  alt: str,
+  draw: Callable[[matplotlib.axes.Axes], None],
+  *,
+  height: float = 2.7,
+) -> str:
+  """One small figure as an image tag; panels stack on a narrow screen."""
+  figure = matplotlib.figure.Figure(figsize=(5.4, height), layout="constrained")
+  matplotlib.backends.backend_svg.FigureCanvasSVG(figure)
+  draw(figure.add_subplot())
+  memory = io.BytesIO()
+  figure.savefig(memory, format="svg", metadata={"Date": None})
+  uri = _data_uri(memory.getvalue(), "image/svg+xml")
+  return f'<img alt="{_text(alt)}" src="{uri}">'
+
+
+def _head(name: str, results: dict, manifest: dict) -> str:
+  starts = manifest.get("starts", [])
+  about = []
+  if starts:
+    about.append(starts[-1]["time"].replace("T", " ").replace("+00:00", " UTC"))
+    if len(starts) > 1:
+      about.append(f"{len(starts)} starts")
+    about.append(", ".join(sorted(set(starts[-1].get("devices", [])))))
+  if "seed" in manifest:
+    about.append(f"seed {manifest['seed']}")
+  if not about:
+    now = datetime.datetime.now(datetime.UTC)
+    about.append(now.isoformat(" ", "minutes").replace("+00:00", " UTC"))
+  tiles = "".join(
+    f'<div class="tile {"met" if goal["met"] else "missed"}">'
+    f"<b>{goal['value']:+.1f}</b><span>points, {_text(goal['name'])}</span>"
+    f"<i>{'goal met' if goal['met'] else 'goal missed'}:"
+    f" at least {goal['goal']:+g}</i></div>"
+    for goal in results.get("goals", [])
+  )
+  return (
+    f"<h1>{_text(name)}</h1><p class='quiet'>{_text(' · '.join(about))}</p>"
+    + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+  )
+
+
+# ------------------------------------------------------------------ sections
+
+
+def _training(metrics: list[dict]) -> str:
+  if not metrics:
+    return ""
+  stages = list(dict.fromkeys(row["stage"] for row in metrics))
+  offset, updates = {}, 0
+  for stage in stages:
+    offset[stage] = updates
+    updates += max(row["step"] for row in metrics if row["stage"] == stage)
+  panels = []
+  for title, label, share, sources in _PANELS:
+    series = _series(metrics, sources)
+    if series:
+      panels.append(
+        _panel(
+          f"{title} over the updates",
+          lambda axes, s=series, t=title, y=label, p=share: _curves(
+            axes, s, offset, title=t, label=y, share=p
+          ),
+        )
+      )
+  return (
+    "<p>Thin: every logged update. Thick: their running mean.</p>"
+    f'<div class="grid">{"".join(panels)}</div>'
+  )
+
+
+def _series(
+  metrics: list[dict], sources: Sequence[tuple[str, str, str]]
+) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+  """(label, stage, step[n], value[n]) of every metric a panel shows."""
+  found = []
+  for stage, pattern, label in sources:
+    rows = [row for row in metrics if row["stage"] == stage]
+    for name in dict.fromkeys(name for row in rows for name in row):
+      match = re.fullmatch(pattern, name)
+      points = [
+        (row["step"], row[name])
+        for row in rows
+        if isinstance(row.get(name), (int, float))
+      ]
+      if match and points:
+        step, value = np.asarray(points, dtype=float).T
+        found.append((match.expand(label), stage, step, value))
+  return found[: len(_SERIES)]
+
+
+def _curves(axes, series, offset, *, title, label, share) -> None:
+  used = {stage for _, stage, _, _ in series}
+  start = min(offset[stage] for stage in used)
+  for color, (name, stage, step, value) in zip(_SERIES, series, strict=False):
+    x = step + offset[stage] - start
+    y = 100 * value if share else value
+    window = max(len(y) // 20, 1)
+    axes.plot(x, y, color=color, linewidth=0.7, alpha=0.35 if window > 1 else 1)
+    few = {"marker": "o", "markersize": 3.5} if len(y) <= 30 else {}
+    axes.plot(
+      x, _running_mean(y, window), color=color, linewidth=1.8, label=name, **few
+    )
+  for stage in used:
+    if offset[stage] > start:
+      axes.axvline(
+        offset[stage] - start,
+        color=_MUTED,
+        linewidth=0.8,
+        linestyle=(0, (2, 2)),
+      )
+      axes.annotate(
+        f"{_STAGES.get(stage, stage)} ",
+        (offset[stage] - start, 1.0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(3, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=_MUTED,
+        va="top",
+      )
+  axes.set_title(title)
+  axes.set_ylabel(label)
+  names = [_STAGES.get(stage, stage) for stage in offset if stage in used]
+  axes.set_xlabel(f"updates ({', then '.join(names)})")
+  axes.grid(axis="y", color=_RULE, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+  if share:
+    axes.set_ylim(-2, 102)
+  if len(series) > 1:
+    axes.legend(fontsize=8, loc="best", handlelength=1.4)
+
+
+def _running_mean(value: np.ndarray, window: int) -> np.ndarray:
+  """Centred mean over up to `window` neighbours; shorter at the ends."""
+  total = np.concatenate([[0.0], np.cumsum(value)])
+  index = np.arange(len(value))
+  low = np.maximum(index - window // 2, 0)
+  high = np.minimum(index + (window + 1) // 2, len(value))
+  return (total[high] - total[low]) / np.maximum(high - low, 1)
+
+
+def _accuracy(results: dict) -> str:
+  rows = results.get("evaluations", [])
+  if not rows:
+    return ""
+  chance = results.get("chance", {})
+  found = {(row["task"], row["view"], row["stage"]): row for row in rows}
+  tasks = sorted({row["task"] for row in rows} - {"all"})
+  tasks += ["all"] if any(row["task"] == "all" for row in rows) else []
+  views = list(dict.fromkeys(row["view"] for row in rows))
+  stages = list(dict.fromkeys(row["stage"] for row in rows))
+  panels = "".join(
+    _panel(
+      f"Accuracy on {task} before and after RL",
+      lambda axes, t=task: _dumbbells(
+        axes, t, views, stages, found, chance.get(t)
+      ),
+      height=0.8 + 0.34 * len(views),
+    )
+    for task in tasks
+  )
+
+  def cell(task, view):
+    shares = [
+      _percent(found.get((task, view, stage), {}).get("accuracy"))
+      for stage in stages
+    ]
+    return " → ".join(share.removesuffix(" %") for share in shares)
+
+  counts = {
+    task: max(row.get("count", 0) for row in rows if row["task"] == task)
+    for task in tasks
+  }
+  table = _table(
+    ["view", *(f"{_text(task)} (n = {counts[task]})" for task in tasks)],
+    [
+      *(
+        [_text(_VIEWS.get(view, view)), *(cell(t, view) for t in tasks)]
+        for view in views
+      ),
+      [
+        "<i>chance</i>",
+        *(
+          f"<i>{_percent(chance.get(t)).removesuffix(' %')}</i>" for t in tasks
+        ),
+      ],
+    ],
+  )
+  order = " → ".join(_STAGES.get(stage, stage) for stage in stages)
+  return (
+    "<p>Bars are 95 % intervals over the videos; the dashed line is chance."
+    f'</p><div class="grid">{panels}</div>'
+    f"<p>Accuracy in percent, {_text(order)}.</p>{table}"
+  )
+
+
+def _dumbbells(axes, task, views, stages, found, chance) -> None:
+  """Accuracy of each view before (hollow) and after RL (filled)."""
+  if chance is not None:
+    axes.axvline(
+      100 * chance, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1
+    )
+  spread = 0.13 if len(stages) > 1 else 0.0
+  for place, stage in enumerate(stages):
+    last = place == len(stages) - 1
+    color = _BLUE if last else _GREY
+    points = [
+      (row, found[task, view, stage])
+      for row, view in enumerate(views)
+      if (task, view, stage) in found
+    ]
+    y = [row + (spread if last else -spread) for row, _ in points]
+    x = [100 * result["accuracy"] for _, result in points]
+    for height, at, (_, result) in zip(y, x, points, strict=True):
+      low, high = (100 * result.get(key, at / 100) for key in ("low", "high"))
+      axes.plot(
+        [low, high],
+        [height] * 2,
+        color=color,
+        linewidth=1.6,
+        alpha=0.5,
+        solid_capstyle="butt",
+      )
+    axes.plot(
+      x,
+      y,
+      linestyle="none",
+      marker="o",
+      markersize=5.5,
+      color=color,
+      markerfacecolor=color if last else "white",
+      markeredgewidth=1.5,
+      label=_STAGES.get(stage, stage),
+      zorder=3,
+    )
+  axes.set_yticks(range(len(views)), [_VIEWS.get(view, view) for view in views])
+  axes.tick_params(axis="y", length=0, labelcolor=_INK)
+  axes.set_ylim(len(views) - 0.5, -0.5)
+  axes.set_xlim(0, 100)
+  axes.set_xlabel("right answers (%)")
+  axes.set_title("all tasks" if task == "all" else task)
+  axes.spines["left"].set_visible(False)
+  axes.grid(axis="x", color=_RULE, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.legend(
+    fontsize=8,
+    loc="lower right",
+    bbox_to_anchor=(1.0, 1.0),
+    ncols=len(stages),
+    handletextpad=0.2,
+    columnspacing=1.2,
+    borderaxespad=0.3,
+  )
+
+
+def _strips(paths: list[pathlib.Path]) -> str:
+  figures = []
+  for path in paths:
+    about = _read_json(path.with_suffix(".json"))
+    caption = "".join(
+      f"<span><b>{_text(key.replace('_', ' '))}</b> {_text(_flat(value))}"
+      "</span>"
+      for key, value in about.items()
+      if value not in (None, "", [])
+    )
+    uri = _data_uri(path.read_bytes(), "image/png")
+    figures.append(
+      f'<figure><div class="scroll wide"><img src="{uri}" alt="Uniform'
+      f' frames and keyframes of {_text(path.stem)} over the score curve">'
+      f"</div><figcaption>{caption}</figcaption></figure>"
+    )
+  if not figures:
+    return ""
+  return (
+    "<p>Uniform frames against TAD keyframes of the same number. A frame"
+    " with an amber border was taken while the event was to be seen.</p>"
+    + "".join(figures)
+  )
+
+
+def _flat(value: Any) -> str:
+  if isinstance(value, (list, tuple)):
+    return " | ".join(_number(item) for item in value)
+  return _number(value)
+
+
+def _probes(probes: dict) -> str:
+  if not probes:
+    return ""
+  rows = []
+  for name, probe in probes.items():
+    half = probe.get("half_interval") or 0.0
+    fair = abs(probe["accuracy"] - probe["chance"]) <= half
+    rows.append(
+      [
+        _text(name.replace("_", " ")),
+        f"{_percent(probe['accuracy'])} ± {100 * half:.1f}",
+        _percent(probe["chance"]),
+        '<span class="ok">at chance</span>'
+        if fair
+        else '<span class="bad">not at chance</span>',
+      ]
+    )
+  return (
+    "<p>What can be answered without seeing the video as it was. A fair set"
+    " of questions keeps each of these within its interval of chance.</p>"
+    + _table(["probe", "accuracy", "chance", "verdict"], rows)
+  )
+
+
+def _rollouts(rows: list[dict], limit: int) -> str:
+  """The best and the worst completion of groups spread over the updates."""
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    key = (row["stage"], row["step"], row.get("sample_id"), row.get("prompt"))
+    groups.setdefault(key, []).append(row)
+  if not groups or limit < 1:
+    return ""
+  keys = list(groups)
+  count = min(max(limit // 2, 1), len(keys))
+  chosen = np.unique(np.linspace(0, len(keys) - 1, count).round().astype(int))
+  cards = []
+  for place in chosen:
+    key = keys[place]
+    ranked = sorted(groups[key], key=_total, reverse=True)
+    shown = [ranked[0]]
+    if _total(ranked[-1]) < _total(ranked[0]) and limit > 1:
+      shown.append(ranked[-1])
+    cards.append(_card(key, len(ranked), shown))
+  return (
+    "<p>Of some groups, the completion with the most and the one with the"
+    f' least reward.</p><div class="grid">{"".join(cards)}</div>'
+  )
+
+
+def _total(row: dict) -> float:
+  rewards = row.get("rewards") or {}
+  if rewards.get("total") is not None:
+    return rewards["total"]
+  return sum(value or 0.0 for value in rewards.values())
+
+
+def _card(key: tuple, size: int, shown: list[dict]) -> str:
+  stage, step = key[:2]
+  first = shown[0]
+  seconds = first.get("keyframe_s") or []
+  answer = first.get("answer")
+  completions = "".join(
+    f"<pre>{_text(_cut(row.get('completion', '')))}</pre><p class='parts'>"
+    + "".join(
+      f"<span>{_text(name)} <b>{_text(_number(value))}</b></span>"
+      for name, value in (row.get("rewards") or {}).items()
+    )
+    + "</p>"
+    for row in shown
+  )
+  return (
+    '<article><p class="quiet">'
+    f"{_text(_STAGES.get(stage, stage))}, update {step},"
+    f" {_text(first.get('task', ''))}, group of {size}</p>"
+    f'<pre class="prompt">{_text(_cut(first.get("prompt", "")))}</pre>'
+    + (
+      f"<p class='quiet'>answer: {_text(answer)}</p>"
+      if answer is not None
+      else ""
+    )
+    + (
+      "<p class='quiet'>keyframes at"
+      f" {_text(', '.join(f'{s:.1f}' for s in seconds))} s</p>"
+      if seconds
+      else ""
+    )
+    + completions
+    + "</article>"
+  )
+
+
+def _cut(text: str, limit: int = 1500) -> str:
+  if len(text) <= limit:
+    return text
+  return f"{text[:limit]} … ({len(text) - limit} more characters)"
+
+
+def _times(metrics: list[dict], timing: dict) -> str:
+  """Median seconds of each phase, which compiling does not move."""
+  tables = []
+  for stage in dict.fromkeys(row["stage"] for row in metrics):
+    rows = [row for row in metrics if row["stage"] == stage]
+    names = dict.fromkeys(
+      name
+      for row in rows
+      for name in row
+      if name.startswith("time/") and name.endswith("_s")
+    )
+    seconds = {
+      name[len("time/") : -len("_s")]: float(
+        np.median(
+          [row[name] for row in rows if row.get(name) is not None] or [math.nan]
+        )
+      )
+      for name in names
+    }
+    whole = seconds.pop("step", None)
+    longest = max(seconds.values(), default=0.0)
+    if not longest > 0:
+      continue
+    lines = [
+      [
+        _text(name),
+        f"{value:.3f} s",
+        f'<div class="bar" style="width:{100 * value / longest:.1f}%"></div>',
+      ]
+      for name, value in sorted(seconds.items(), key=lambda p: -p[1])
+      if not math.isnan(value)
+    ]
+    if whole is not None:
+      lines.append(["<i>whole update</i>", f"<i>{whole:.3f} s</i>", ""])
+    tables.append(
+      '<div class="times">'
+      + _table(
+        [_text(_STAGES.get(stage, stage)), "median of an update", ""], lines
+      )
+      + "</div>"
+    )
+  if timing:
+    tables.append(
+      '<div class="times">'
+      + _table(
+        ["run", ""],
+        [
+          [
+            _text(name.removesuffix("_s").replace("_", " ")),
+            telemetry.clock(value)
+            if name.endswith("_s")
+            else _text(_number(value)),
+          ]
+          for name, value in timing.items()
+          if value is not None
+        ],
+      )
+      + "</div>"
+    )
+  return f'<div class="grid">{"".join(tables)}</div>' if tables else ""
+
+
+def _settings(manifest: dict) -> str:
+  if not manifest:
+    return ""
+  starts = manifest.get("starts", [])
+  config = _table(
+    ["setting", "value"],
+    [
+      [f"<code>{_text(key)}</code>", f"<code>{_text(value)}</code>"]
+      for key, value in _leaves(manifest.get("config", {}))
+    ],
+  )
+  begun = _table(
+    ["start", "revision", "command"],
+    [
+      [
+        _text(start["time"]),
+        _text((start.get("git") or "–")[:12]),
+        f"<code>{_text(' '.join(start.get('argv', [])))}</code>",
+      ]
+      for start in starts
+    ],
+  )
+  versions = ", ".join(
+    f"{name} {version}"
+    for name, version in (starts[-1]["versions"] if starts else {}).items()
+  )
+  return (
+    f"<p>Data {_text(manifest.get('data_hash', '–'))}, seed"
+    f" {_text(manifest.get('seed', '–'))}. {_text(versions)}.</p>"
+    f'{begun}<details class="left"><summary>All settings</summary>{config}'
+    "</details>"
+  )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+  if isinstance(tree, dict) and tree:
+    for key, value in tree.items():
+      yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+  else:
+    yield prefix, json.dumps(tree, ensure_ascii=False)
+
+
+# --------------------------------------------------------------------- style
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>{head}</header>
+{body}
+</body>
+</html>
+"""
+
+_CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1120px;
+  background: #fff; color: #1c2733;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
+    "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .3rem; padding-top: .9rem;
+  border-top: 1px solid #dfe4ea; }
+p { margin: .3rem 0 .8rem; max-width: 46rem; }
+.quiet { color: #66727f; font-size: .88rem; margin: 0 0 .4rem; }
+.tiles { display: grid; gap: .8rem; margin-top: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
+.tile { border: 1px solid #dfe4ea; border-radius: 8px; padding: .8rem 1rem; }
+.tile b { font-size: 1.7rem; line-height: 1.1; display: block; }
+.tile span { display: block; }
+.tile i { font-style: normal; font-size: .85rem; }
+.met i, .ok { color: #23704d; }
+.missed i, .bad { color: #a8402a; }
+.grid { display: grid; gap: 1.2rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.grid > * { min-width: 0; }
+img { max-width: 100%; height: auto; display: block; }
+.grid img { width: 100%; }
+.scroll { overflow-x: auto; }
+.wide img { width: 100%; min-width: 46rem; }
+figure { margin: 1.2rem 0 2rem; }
+figcaption { margin-top: .5rem; font-size: .88rem; overflow-wrap: anywhere; }
+figcaption span { margin-right: 1.2rem; display: inline-block; }
+figcaption b { color: #66727f; font-weight: 500; }
+table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: #66727f; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #dfe4ea;
+  text-align: right; white-space: nowrap; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+td i { color: #66727f; }
+.times table { width: 100%; }
+.times td:nth-child(3) { width: 45%; }
+.bar { height: .6rem; margin-top: .4rem; background: #1f5fa8;
+  border-radius: 2px; }
+article { border: 1px solid #dfe4ea; border-radius: 8px; padding: .9rem 1rem; }
+pre { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
+article pre:not(.prompt) { background: #f5f7f9; border-radius: 4px;
+  padding: .5rem .6rem; }
+.parts { font-size: .82rem; color: #66727f; margin: .2rem 0 .6rem; }
+.parts span { margin-right: .9rem; display: inline-block; }
+.parts b { color: #1c2733; font-weight: 600; }
+code { font: .85rem ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
+details summary { cursor: pointer; margin: .6rem 0; }
+.left td:last-child, .left th:last-child { text-align: left;
+  white-space: normal; overflow-wrap: anywhere; }
+@media print { .scroll { overflow: visible; } section { break-inside: auto; } }
+"""

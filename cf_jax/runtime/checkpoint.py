@@ -1,0 +1,96 @@
+"""Orbax checkpoints: params, optimizer, step, rng and the data iterator.
+
+One folder a stage (`checkpoints/sft`, `checkpoints/rl`), one sub-folder a step.
+Orbax writes to a temporary name and renames it when it is whole, so a killed
+writer leaves nothing that a restore would take for a checkpoint.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from cf_jax.types import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of one stage of a run.
+
+  Args:
+    directory: where the steps lie; made if missing.
+    keep: how many of the newest are kept.
+  """
+
+  def __init__(self, directory: pathlib.Path, *, keep: int):
+    self.directory = pathlib.Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        ),
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest whole checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, host: dict) -> None:
+    """Saves in the background; an existing checkpoint of `step` is kept.
+
+    Args:
+      step: updates done.
+      state: TrainState on devices.
+      host: json-able host state (data iterator, stage, counters).
+    """
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+        ),
+    )
+
+  def restore(
+      self, template: TrainState, step: int | None = None
+  ) -> tuple[TrainState, dict]:
+    """Reads a checkpoint into the shardings of `template`.
+
+    Args:
+      template: TrainState of arrays or `jax.ShapeDtypeStruct`s with shardings.
+      step: which; the newest by default.
+
+    Returns:
+      TrainState and the host state saved beside it.
+
+    Raises:
+      ValueError: there is none, or it holds other shapes (another config).
+    """
+    step = self.latest_step() if step is None else step
+    if step is None:
+      raise ValueError(
+          f"no checkpoint in {self.directory}; train first or change --workdir"
+      )
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            host=ocp.args.JsonRestore(),
+        ),
+    )
+    return restored["state"], restored["host"]
+
+  def wait(self) -> None:
+    """Blocks until everything saved so far is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases the writer's threads."""
+    self._manager.close()
+
+
+def to_host(tree: Any) -> Any:
+  """Copies a tree of arrays to numpy."""
+  return jax.tree.map(jax.device_get, tree)

@@ -1,0 +1,125 @@
+"""The mesh and the one table that says how every parameter is sharded.
+
+Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split along it),
+`tensor` (heads and mlp width), `context` (sequence). The table is read top to
+bottom, the first pattern that matches a parameter's path wins, and a parameter
+that none matches is an error. Optimizer moments have their parameter's path as
+a suffix, so the same table serves them.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cf_jax.runtime import optim
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = P(("data", "fsdp"))
+
+# Regex on the parameter path -> spec; layer stacks have L first, never split.
+PARTITION_RULES = (
+    (r"(embed|head)/embedding$", P("tensor", "fsdp")),  # [V, D]
+    (r"/layers/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
+    (r"/layers/(query|key|value)/bias$", P(None, "tensor")),
+    (r"/layers/out/kernel$", P(None, "tensor", None, "fsdp")),  # [L, N, H, D]
+    (r"/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"/mlp/(gate|up)/bias$", P(None, "tensor")),
+    (r"/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"merger/up/kernel$", P("fsdp", "tensor")),
+    (r"merger/down/kernel$", P("tensor", "fsdp")),
+    (r"patch_embed/proj/kernel$", P(None, "fsdp")),
+    (r"(scale|bias)$", P()),
+)
+# What a TrainState holds beside parameters and their moments.
+STATE_RULES = (*PARTITION_RULES, (r"(^|/)(rng|step|count)$", P()))
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
+  """The device mesh; `data=-1` takes the devices that the others leave.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  count = jax.device_count()
+  others = fsdp * tensor * context
+  if data == -1:
+    data = count // others
+  sizes = (data, fsdp, tensor, context)
+  if math.prod(sizes) != count or min(sizes) < 1:
+    raise ValueError(
+        f"mesh {dict(zip(AXES, sizes, strict=True))} needs"
+        f" {math.prod(sizes)} devices, got {count}; change config.mesh"
+    )
+  return jax.make_mesh(
+      sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+  )
+
+
+def spec_for(path: str, shape: tuple[int, ...], rules: tuple) -> P:
+  """The first rule's spec for a parameter path.
+
+  Raises:
+    ValueError: no rule matches.
+  """
+  if not shape:
+    return P()
+  for pattern, spec in rules:
+    if re.search(pattern, path):
+      return spec
+  raise ValueError(
+      f"no partition rule matches parameter {path!r} of shape {shape}; add a"
+      " row to PARTITION_RULES in cf_jax/runtime/sharding.py"
+  )
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: tuple) -> Any:
+  """NamedShardings for a tree of parameters (or optimizer state).
+
+  A dimension that its mesh axes do not divide is left whole.
+  """
+
+  def shard(key_path, leaf):
+    spec = spec_for(optim.path_of(key_path), leaf.shape, rules)
+    fitted = []
+    for size, axis in zip(leaf.shape, spec, strict=False):
+      names = (axis,) if isinstance(axis, str) else (axis or ())
+      parts = math.prod(mesh.shape[name] for name in names)
+      fitted.append(axis if size % parts == 0 else None)
+    return NamedSharding(mesh, P(*fitted))
+
+  return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis split over `data` and `fsdp`."""
+  return NamedSharding(mesh, BATCH)
+
+
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+  """This process's rows of a batch, as global arrays split over the batch.
+
+  Raises:
+    ValueError: the batch does not divide over the mesh's batch axes.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  target = batch_sharding(mesh)
+
+  def put(leaf):
+    rows = leaf.shape[0] * jax.process_count()
+    if rows % parts:
+      raise ValueError(
+          f"a batch of {rows} does not divide over data x fsdp = {parts}"
+          " devices; change the batch size or config.mesh"
+      )
+    return jax.make_array_from_process_local_data(target, leaf)
+
+  return jax.tree.map(put, tree)

@@ -1,0 +1,696 @@
+"""What a run tells about itself: metrics, rollouts, times, tables, manifest.
+
+Files of a workdir written here:
+  metrics.jsonl   one row per logged step: stage, step, wall_s, name: number
+  rollouts.jsonl  one row per kept rollout: stage, step, prompt, completion, ...
+  tensorboard/    the same metrics as event files
+  manifest.json   config, seed, data hash, and one entry per start of the run
+
+A row belongs to (stage, step), where step counts the updates done in its stage.
+After a restart the rows that the restored checkpoints do not cover are dropped
+before anything is appended, so no step is doubled and none is missing.
+"""
+
+import collections
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+from absl import logging
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+MANIFEST_FILE = "manifest.json"
+EVENTS_FOLDER = "tensorboard"
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_VERSIONED = (
+  "cf_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+  "opencv-python-headless",
+  "tokenizers",
+  "tensorflow-datasets",
+)
+_TABLE_BOX = rich.box.SIMPLE_HEAD
+
+
+# ---------------------------------------------------------------- json files
+
+
+def to_jsonable(value: Any) -> Any:
+  """Plain lists, dicts, strings and numbers; a non-finite number is None.
+
+  JSON has no NaN, and a file that only Python reads back is no record.
+  """
+  if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+    value = value.tolist()
+  if isinstance(value, Mapping):
+    return {str(key): to_jsonable(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple, set, frozenset)):
+    return [to_jsonable(item) for item in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, (bool, int, str)):
+    return value
+  return str(value)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a whole JSON file or leaves the old one: never half of one."""
+  write_text(
+    path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n"
+  )
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a whole UTF-8 text file or leaves the old one."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # A completion may hold half a surrogate pair, which UTF-8 cannot.
+  data = text.encode("utf-8", errors="replace")
+  _replace(path, lambda file: file.write(data))
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+  """Reads a .jsonl file; a missing file has no rows.
+
+  A last line that a killed writer left half-written is left out.
+
+  Raises:
+    ValueError: an earlier line is not a JSON object.
+  """
+  return list(_rows(pathlib.Path(path)))
+
+
+def _rows(path: pathlib.Path) -> Iterator[dict]:
+  if not path.exists():
+    return
+  with path.open("rb") as file:
+    for number, line in enumerate(file, start=1):
+      if not line.endswith(b"\n"):
+        return
+      try:
+        row = json.loads(line)
+      except ValueError:
+        row = None
+      if not isinstance(row, dict):
+        raise ValueError(
+          f"{path} line {number}: expected a JSON object, got"
+          f" {line[:60]!r}; repair or remove the line"
+        )
+      yield row
+
+
+def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with temporary.open("wb") as file:
+      write(file)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------- writers
+
+
+class MetricWriter:
+  """Appends metrics and rollouts of a run to its workdir.
+
+  Metrics go to metrics.jsonl and to TensorBoard event files: through
+  `clu.metric_writers` where tensorflow can be imported, else tensorboardX.
+
+  Args:
+    workdir: folder of the run; made if missing.
+    resume: stage -> step of the checkpoint that this start restored. Rows of
+      later steps, and of stages not named, are dropped. `{}` for a fresh run.
+    active: False on all hosts but the first, which then write nothing.
+
+  Attributes:
+    backend: which TensorBoard writer is in use, in words.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    resume: Mapping[str, int],
+    active: bool = True,
+  ):
+    self.backend = "none (another host writes)"
+    self._active = active
+    if not active:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    kept = _keep_rows(workdir / METRICS_FILE, resume)
+    _keep_rows(workdir / ROLLOUTS_FILE, resume)
+    wall_s = max((row.get("wall_s") or 0.0 for row in kept), default=0.0)
+    self._start = time.monotonic() - wall_s
+    self._metrics = (workdir / METRICS_FILE).open("ab")
+    self._rollouts = (workdir / ROLLOUTS_FILE).open("ab")
+    # Event files cannot be cut at a step: they are written anew from the rows.
+    events = workdir / EVENTS_FOLDER
+    events.mkdir(exist_ok=True)
+    for old in events.glob("*.tfevents.*"):
+      old.unlink()
+    self._events = _open_events(events)
+    self.backend = self._events.backend
+    for row in kept:
+      self._write_events(row)
+    self._events.flush()
+
+  def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+    """Writes one row of scalars; it is handed to the system at once.
+
+    Args:
+      step: updates done in this stage.
+      stage: "sft", "rl", ...
+      metrics: name -> number (Python, numpy or a fetched 0-d array).
+
+    Raises:
+      ValueError: a metric that is no scalar or takes one of the row's own
+        names.
+    """
+    if not self._active:
+      return
+    row = {
+      "stage": str(stage),
+      "step": int(step),
+      "wall_s": round(time.monotonic() - self._start, 3),
+    }
+    for name, value in metrics.items():
+      if name in row:
+        raise ValueError(f"metric name {name!r} is taken; name it otherwise")
+      value = to_jsonable(value)
+      if value is not None and not isinstance(value, (bool, int, float)):
+        raise ValueError(
+          f"metric {name!r} must be one number, got {value!r}; reduce it"
+          " before writing"
+        )
+      row[name] = value
+    _append(self._metrics, row)
+    self._write_events(row)
+
+  def write_rollouts(
+    self, step: int, stage: str, records: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Writes rollouts.
+
+    Args:
+      step: updates done in this stage when they were sampled.
+      stage: "sft", "rl", ...
+      records: each with `prompt`, `completion` (str), `rewards` (dict of
+        number), `keyframe_s` (list of seconds), and whatever else is known
+        (`sample_id`, `task`, `answer`, `advantage`, `view`, ...).
+    """
+    if not self._active:
+      return
+    for record in records:
+      _append(
+        self._rollouts,
+        {"stage": str(stage), "step": int(step)} | to_jsonable(record),
+      )
+
+  def flush(self) -> None:
+    """Forces everything to disk; call it before a checkpoint is saved."""
+    if not self._active:
+      return
+    for file in (self._metrics, self._rollouts):
+      file.flush()
+      os.fsync(file.fileno())
+    self._events.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    if not self._active:
+      return
+    self.flush()
+    self._metrics.close()
+    self._rollouts.close()
+    self._events.close()
+    self._active = False
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _write_events(self, row: Mapping[str, Any]) -> None:
+    self._events.write(
+      row["step"],
+      {
+        f"{row['stage']}/{name}": float(value)
+        for name, value in row.items()
+        if name not in ("stage", "step") and value is not None
+      },
+    )
+
+
+def _append(file: Any, row: Mapping[str, Any]) -> None:
+  file.write(_line(row))
+  file.flush()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  return json.dumps(row).encode("ascii") + b"\n"
+
+
+def _keep_rows(path: pathlib.Path, resume: Mapping[str, int]) -> list[dict]:
+  """Cuts a .jsonl file down to the rows that the checkpoints cover."""
+  if not path.exists():
+    return []
+  kept = [
+    row
+    for row in _rows(path)
+    if row.get("step", 0) <= resume.get(row.get("stage"), -1)
+  ]
+
+  def write(file):
+    for row in kept:
+      file.write(_line(row))
+
+  _replace(path, write)
+  return kept
+
+
+class _CluEvents:
+  """Event files through clu, which needs tensorflow."""
+
+  backend = "clu.metric_writers (tensorflow found)"
+
+  def __init__(self, folder: pathlib.Path, metric_writers: Any):
+    self._writer = metric_writers.SummaryWriter(str(folder))
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._writer.write_scalars(step, scalars)
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class _LightEvents:
+  """Event files through tensorboardX, which needs no tensorflow."""
+
+  backend = "tensorboardX (no tensorflow)"
+
+  def __init__(self, folder: pathlib.Path):
+    import tensorboardX  # here: not needed where clu serves
+
+    self._writer = tensorboardX.SummaryWriter(str(folder))
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def _open_events(folder: pathlib.Path) -> _CluEvents | _LightEvents:
+  try:
+    from clu import metric_writers  # imports tensorflow, so never at the top
+  except ImportError:
+    return _LightEvents(folder)
+  return _CluEvents(folder, metric_writers)
+
+
+# --------------------------------------------------------------------- times
+
+
+class PhaseTimer:
+  """Seconds per step spent in named phases, and the tokens they handled.
+
+  JAX returns before a computation is done: end a phase with
+  `jax.block_until_ready` or its time shows up in the next one.
+  """
+
+  def __init__(self):
+    self._reset()
+
+  def _reset(self) -> None:
+    self._seconds = collections.defaultdict(float)
+    self._count = collections.defaultdict(float)
+    self._steps = 0
+    self._begin = time.perf_counter()
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Iterator[None]:
+    """Times a phase; it also carries the name into profiler traces."""
+    begin = time.perf_counter()
+    try:
+      with jax.profiler.TraceAnnotation(name):
+        yield
+    finally:
+      self._seconds[name] += time.perf_counter() - begin
+
+  def count(self, name: str, amount: float) -> None:
+    """Adds tokens (or frames) to phase `name`, for its rate."""
+    self._count[name] += amount
+
+  def step(self) -> None:
+    """Marks the end of one step."""
+    self._steps += 1
+
+  def collect(self) -> dict[str, float]:
+    """Metrics since the last call, which starts a new interval.
+
+    Returns:
+      `time/<phase>_s` seconds per step, `time/step_s` the whole step with
+      what no phase covers, `rate/<phase>_per_s` where something was counted.
+    """
+    steps = max(self._steps, 1)
+    metrics = {
+      f"time/{name}_s": seconds / steps
+      for name, seconds in self._seconds.items()
+    }
+    metrics["time/step_s"] = (time.perf_counter() - self._begin) / steps
+    for name, amount in self._count.items():
+      if self._seconds[name] > 0:
+        metrics[f"rate/{name}_per_s"] = amount / self._seconds[name]
+    self._reset()
+    return metrics
+
+
+class CompileCounter:
+  """Counts the XLA programs built while it is open.
+
+  After `mark_warm` every further one is a recompile: a shape or a setting
+  changed that should not have. A program read from the persistent compilation
+  cache counts too, as it was traced and looked up anew.
+
+  Attributes:
+    total: programs since the counter was opened.
+    recompiles: programs since `mark_warm`, 0 before it.
+    names: names of the recompiled programs.
+  """
+
+  def __init__(self):
+    self.total = 0
+    self.recompiles = 0
+    self.names: list[str] = []
+    self._warm = False
+
+  def _listen(self, event: str, _: float, **about) -> None:
+    if event != _COMPILE_EVENT:
+      return
+    self.total += 1
+    if self._warm:
+      self.recompiles += 1
+      self.names.append(str(about.get("fun_name", "?")))
+      logging.warning("recompiled after warm-up: %s", self.names[-1])
+
+  def mark_warm(self, warm: bool = True) -> None:
+    """From here on a program is a recompile (or, with False, is not)."""
+    self._warm = warm
+
+  def __enter__(self) -> "CompileCounter":
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+# ------------------------------------------------------------------ terminal
+
+
+class Progress:
+  """A running stage: call `advance` once per step."""
+
+  def __init__(self, show: Callable[[int, str], None], start: int):
+    self._show = show
+    self._done = start
+
+  def advance(self, amount: int = 1, **fields: Any) -> None:
+    """Moves on; `fields` are shown beside the bar, numbers with 4 digits."""
+    self._done += amount
+    note = "  ".join(
+      f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+      for name, value in fields.items()
+    )
+    self._show(self._done, note)
+
+
+@contextlib.contextmanager
+def progress(
+  description: str,
+  total: int,
+  *,
+  unit: str = "step",
+  start: int = 0,
+  active: bool = True,
+  every_s: float = 15.0,
+  console: rich.console.Console | None = None,
+) -> Iterator[Progress]:
+  """A progress bar with ETA; plain log lines where there is no terminal.
+
+  Args:
+    description: the stage, in a word or two.
+    total: steps when the stage is done, those before `start` included.
+    unit: what one step is called in the log lines.
+    start: steps already done (by an earlier start of the run).
+    active: False shows nothing (hosts but the first).
+    every_s: seconds between log lines; the first and last are always shown.
+    console: where to draw; standard error by default, as absl's log.
+
+  Yields:
+    Progress.
+  """
+  console = console or rich.console.Console(stderr=True)
+  if not active:
+    yield Progress(lambda done, note: None, start)
+  elif console.is_terminal:
+    yield from _bar(description, total, start, console)
+  else:
+    yield Progress(_log_lines(description, total, unit, start, every_s), start)
+
+
+def _bar(
+  description: str, total: int, start: int, console: rich.console.Console
+) -> Iterator[Progress]:
+  bar = rich.progress.Progress(
+    rich.progress.TextColumn("{task.description:<12}"),
+    rich.progress.BarColumn(bar_width=28),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn("eta"),
+    rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+    rich.progress.TextColumn("[dim]{task.fields[note]}"),
+    console=console,
+  )
+  handler = logging.get_absl_handler().python_handler
+  with bar:
+    task = bar.add_task(description, total=total, completed=start, note="")
+    # rich replaces sys.stderr so that lines scroll above the bar; absl's
+    # handler still holds the old stream and would write into the bar.
+    stream, handler.stream = handler.stream, sys.stderr
+    try:
+      yield Progress(
+        lambda done, note: bar.update(task, completed=done, note=note), start
+      )
+    finally:
+      handler.stream = stream
+
+
+def _log_lines(
+  description: str, total: int, unit: str, start: int, every_s: float
+) -> Callable[[int, str], None]:
+  begin = time.monotonic()
+  shown = -math.inf
+
+  def show(done, note):
+    nonlocal shown
+    now = time.monotonic()
+    if now - shown < every_s and done < total:
+      return
+    shown = now
+    pace_s = (now - begin) / max(done - start, 1)
+    left = clock(pace_s * max(total - done, 0))
+    logging.info(
+      "%s: %s %d of %d, %.3g s each, %s left%s",
+      description,
+      unit,
+      done,
+      total,
+      pace_s,
+      left,
+      note and f"; {note}",
+    )
+
+  return show
+
+
+def clock(seconds: float) -> str:
+  """`3725` as `1:02:05`, `65` as `1:05`."""
+  minutes, second = divmod(round(seconds), 60)
+  hour, minute = divmod(minutes, 60)
+  if hour:
+    return f"{hour}:{minute:02d}:{second:02d}"
+  return f"{minute}:{second:02d}"
+
+
+def startup_table(
+  title: str,
+  rows: Mapping[str, Any],
+  *,
+  console: rich.console.Console | None = None,
+) -> None:
+  """Prints what a run is about to do, one `name value` row each."""
+  table = rich.table.Table(
+    title=title, box=_TABLE_BOX, show_header=False, title_justify="left"
+  )
+  table.add_column(style="dim", no_wrap=True)
+  table.add_column(overflow="fold")
+  for name, value in rows.items():
+    table.add_row(rich.markup.escape(name), rich.markup.escape(str(value)))
+  (console or rich.console.Console()).print(table)
+
+
+def closing_table(
+  title: str,
+  columns: Sequence[str],
+  rows: Sequence[Sequence[Any]],
+  *,
+  console: rich.console.Console | None = None,
+) -> None:
+  """Prints the results: the first column is text, the others are numbers.
+
+  Raises:
+    ValueError: a row with more or fewer cells than there are columns.
+  """
+  table = rich.table.Table(title=title, box=_TABLE_BOX, title_justify="left")
+  for number, column in enumerate(columns):
+    table.add_column(
+      rich.markup.escape(column), justify="right" if number else "left"
+    )
+  for row in rows:
+    if len(row) != len(columns):
+      raise ValueError(
+        f"row {list(row)} has {len(row)} cells, expected {len(columns)}:"
+        f" {list(columns)}"
+      )
+    table.add_row(
+      *(
+        rich.markup.escape(
+          f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+        )
+        for cell in row
+      )
+    )
+  (console or rich.console.Console()).print(table)
+
+
+# ------------------------------------------------------------------ manifest
+
+
+def write_manifest(
+  workdir: str | os.PathLike,
+  *,
+  config: Any,
+  seed: int,
+  data_hash: str,
+  argv: Sequence[str] | None = None,
+) -> dict:
+  """Writes manifest.json; a restart adds to its `starts`.
+
+  Args:
+    workdir: folder of the run.
+    config: ConfigDict or dict.
+    seed: of the run.
+    data_hash: of the data settings, as the data set's cache names it.
+    argv: command line; `sys.argv` by default.
+
+  Returns:
+    The manifest. `starts` has one entry per start: time, argv, versions, git
+    revision, devices.
+  """
+  path = pathlib.Path(workdir) / MANIFEST_FILE
+  earlier = read_manifest(workdir)["starts"] if path.exists() else []
+  start = {
+    "time": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    "argv": list(sys.argv if argv is None else argv),
+    "versions": versions(),
+    "git": git_revision(),
+    "devices": [str(device.device_kind) for device in jax.devices()],
+  }
+  if hasattr(config, "to_dict"):
+    config = config.to_dict()
+  manifest = to_jsonable(
+    {
+      "config": config,
+      "seed": seed,
+      "data_hash": data_hash,
+      "starts": [*earlier, start],
+    }
+  )
+  write_json(path, manifest)
+  return manifest
+
+
+def read_manifest(workdir: str | os.PathLike) -> dict:
+  """Reads manifest.json of a run."""
+  return json.loads((pathlib.Path(workdir) / MANIFEST_FILE).read_text("utf-8"))
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python, the system and the packages that decide numbers."""
+  found = {"python": platform.python_version(), "system": platform.platform()}
+  for name in _VERSIONED:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+def git_revision() -> str | None:
+  """Commit of the checkout this package lies in, `+` if files differ.
+
+  None where the package is installed rather than checked out.
+  """
+  root = pathlib.Path(__file__).resolve().parents[2]
+  if not (root / ".git").exists():
+    return None
+
+  def git(*command):
+    return subprocess.run(
+      ["git", "-C", str(root), *command],
+      capture_output=True,
+      text=True,
+      timeout=20,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("+" if git("status", "-s") else "")
+  except (OSError, subprocess.SubprocessError):
+    return None  # no git program, or a checkout without a commit

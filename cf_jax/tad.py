@@ -1,0 +1,1244 @@
+"""Temporal Apex Distillation: which frames of one video are worth seeing.
+
+Axes: `B` videos, `T` scanned frames, `K` keyframes, `P` visual tokens per
+frame, `E` frame-embedding width. A mask is bool and True means real; masked
+frames do not exist: the answer is that of the real frames alone, in order.
+
+Three stages, after the outline in the abstract of ChronoForge-RL (arXiv
+2509.15800); the formulas are this project's own:
+
+1. `variation_scores`: how different the frames after `t` are from those before;
+2. `detect_inflections`: the apexes of that curve, the video's turning points;
+3. `distill_keyframes`: the best apexes cut the video into segments, and each
+   segment shows its calmest frame.
+
+`select_keyframes` is the three in a row for ONE video, `select_videos` its
+jitted vmap. A boundary belongs to the frame after it: `variation[t]` and
+`apex[t]` speak of the step from frame `t - 1` to frame `t`, so a segment starts
+at its apex and `variation` of the first frame is 0.
+
+Everything is computed in float32, in float64 for float64 input.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cf_jax import masked
+from cf_jax.types import Keyframes
+
+Array = jax.Array
+
+MAD_TO_STD = 1.4826  # the standard deviation of a normal with this MAD
+
+
+def _widen(value: Array) -> Array:
+  return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+# Frames that do not exist -----------------------------------------------------
+
+
+def _resolve_mask(embedding: Array, mask: Array | None) -> Array:
+  if mask is None:
+    return jnp.ones(embedding.shape[:1], bool)
+  return mask
+
+
+def _real_first(mask: Array) -> Array:
+  """int32[T] frame numbers, the real ones first and in order."""
+  num_frames = mask.shape[0]
+  position = jnp.flatnonzero(mask, size=num_frames, fill_value=num_frames - 1)
+  return position.astype(jnp.int32)
+
+
+def _gather(value: Array, mask: Array | None) -> Array:
+  """Moves the real rows to the front and fills the rest with zeros."""
+  if mask is None:
+    return value
+  real = jnp.arange(value.shape[0]) < jnp.sum(mask)
+  real = real.reshape((-1,) + (1,) * (value.ndim - 1))
+  return jnp.where(real, value[_real_first(mask)], jnp.zeros((), value.dtype))
+
+
+def _spread(value: Array, mask: Array | None) -> Array:
+  """Undoes `_gather` along the last axis; masked entries are 0 or False."""
+  if mask is None:
+    return value
+  rank = jnp.maximum(jnp.cumsum(mask) - 1, 0)
+  return jnp.where(mask, value[..., rank], jnp.zeros((), value.dtype))
+
+
+def _count(num_frames: int, mask: Array | None) -> Array:
+  if mask is None:
+    return jnp.asarray(num_frames, jnp.int32)
+  return jnp.sum(mask).astype(jnp.int32)
+
+
+def _require_finite(embedding: Array, mask: Array | None) -> None:
+  """Raises on NaN or inf in a real frame; inside jit it can only wait."""
+  if isinstance(embedding, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    return
+  bad = ~jnp.all(jnp.isfinite(embedding), axis=-1)
+  if mask is not None:
+    bad &= mask
+  if jnp.any(bad):
+    raise ValueError(
+        f"embedding has NaN or inf in {int(jnp.sum(bad))} of {bad.size} frames;"
+        " expected finite numbers in every real frame. Drop these frames with"
+        " mask=False."
+    )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  if value not in choices:
+    raise ValueError(
+        f"{name}={value!r}, expected one of {', '.join(map(repr, choices))}"
+    )
+
+
+def _check_positive(name: str, value: int) -> None:
+  if value < 1:
+    raise ValueError(f"{name}={value}, expected at least 1")
+
+
+# Stage 1: variation scoring ---------------------------------------------------
+
+
+def _shift(value: Array, steps: int) -> Array:
+  """Row t of the result is row `t + steps`, zero where there is none."""
+  size = value.shape[0]
+  steps = max(-size, min(size, steps))
+  pad = [(max(-steps, 0), max(steps, 0))] + [(0, 0)] * (value.ndim - 1)
+  start = max(steps, 0)
+  return jax.lax.slice_in_dim(jnp.pad(value, pad), start, start + size)
+
+
+def _median_of_three(feature: Array, count: Array) -> Array:
+  """Median over a frame and its two neighbours; the end frames stay."""
+  time = jnp.arange(feature.shape[0])[:, None]
+  before = jnp.where(time > 0, _shift(feature, -1), feature)
+  after = jnp.where(time < count - 1, _shift(feature, 1), feature)
+  low = jnp.minimum(before, after)
+  high = jnp.maximum(before, after)
+  return jnp.maximum(low, jnp.minimum(high, feature))
+
+
+def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
+  """Median over each frame and its two neighbours; the end frames stay.
+
+  It removes what lasts one frame and moves no cut.
+
+  Args:
+    embedding: float[T, E].
+    mask: bool[T] real frames; None means all.
+
+  Returns:
+    float[T, E], 0 in masked frames.
+  """
+  chex.assert_rank(embedding, 2)
+  feature = _gather(_widen(embedding), mask)
+  count = _count(embedding.shape[0], mask)
+  return _spread(_median_of_three(feature, count).T, mask).T
+
+
+def _window_sums(value: Array, scale: int) -> Array:
+  """Sum of rows t to t + scale - 1, by doubling.
+
+  A running total would lose the digits of a window late in a long video, and
+  would make the score of a chunk depend on what came before it.
+  """
+  total, offset, width, block = 0, 0, 1, value
+  while True:
+    if scale & width:
+      total += _shift(block, offset)
+      offset += width
+    if 2 * width > scale:
+      return total
+    block += _shift(block, width)
+    width *= 2
+
+
+def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
+  """Distance of two vectors from their dot product and squared norms."""
+  if metric == "cosine":
+    norm = before * after
+    positive = norm > 0
+    root = jnp.sqrt(jnp.where(positive, norm, 1))
+    return jnp.where(positive, jnp.maximum(1 - dot / root, 0), 0)
+  total = before + after
+  square = (total - 2 * dot) / jnp.where(total > 0, total, 1)
+  apart = square > 0
+  return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
+
+
+def _variation(
+    feature: Array,
+    count: Array,
+    *,
+    metric: str,
+    scales: tuple[int, ...],
+    median: bool,
+    smoothing: float,
+) -> Array:
+  """`variation_scores` of the first `count` frames; the other rows are 0."""
+  num_frames = feature.shape[0]
+  time = jnp.arange(num_frames)
+  real = (time < count).astype(feature.dtype)
+  source = _median_of_three(feature, count) if median else feature
+  source = jnp.where(real[:, None] > 0, source, 0)
+  # Zeros in front and behind: windows that stick out end at the video's end.
+  lead = max(scales)
+  source = jnp.pad(source, ((lead, 0), (0, 0)))
+  real = jnp.pad(real, (lead, 0))
+  total = 0
+  for scale in scales:
+    window = _window_sums(source, scale)
+    if metric == "l2":  # the cosine of sums is that of means
+      width = _window_sums(real, scale)
+      window /= jnp.maximum(width, 1)[:, None]
+    square = jnp.sum(window * window, axis=-1)
+    start = lead - scale
+    dot = jnp.sum(window[lead:] * window[start:-scale], axis=-1)
+    total += _distance(dot, square[start:-scale], square[lead:], metric)
+  inside = (time > 0) & (time < count)
+  score = jnp.where(inside, total / len(scales), 0)
+  return _smooth(score, inside, smoothing) if smoothing else score
+
+
+def _smooth(value: Array, inside: Array, width: float) -> Array:
+  """Gaussian average over the real entries."""
+  radius = max(1, round(3 * width))
+  tap = jnp.arange(-radius, radius + 1)
+  kernel = jnp.exp(-0.5 * (tap / width) ** 2).astype(value.dtype)
+
+  def blur(entry):
+    return jnp.convolve(jnp.pad(entry, radius), kernel, mode="valid")
+
+  weight = blur(inside.astype(value.dtype))
+  return jnp.where(inside, blur(value) / jnp.where(inside, weight, 1), 0)
+
+
+def variation_scores(
+    embedding: Array,
+    mask: Array | None = None,
+    *,
+    metric: Literal["cosine", "l2"] = "cosine",
+    scales: Sequence[int] = (2, 4),
+    median: bool = True,
+    smoothing: float = 0.0,
+) -> Array:
+  """How different the frames from `t` on are from those before `t`.
+
+  `v_t = mean over s of d(mean f[t : t+s], mean f[t-s : t])`, after a temporal
+  median of three that removes one-frame flicker without moving a cut. Windows
+  are cut off at the ends of the video. `scales=(1,), median=False` is the
+  plain distance of neighbours, `1 - cos(f_t, f_{t-1})`.
+
+  Args:
+    embedding: float[T, E] one embedding per scanned frame.
+    mask: bool[T] real frames; None means all.
+    metric: "cosine", `1 - cos(a, b)`, or "l2", `|a - b| / sqrt(|a|^2 + |b|^2)`,
+      which sees a change of length too. Neither changes with the scale of f.
+    scales: window lengths in frames.
+    median: take the temporal median first.
+    smoothing: standard deviation in frames of a Gaussian over v, 0 for none.
+      It ranks flicker above cuts where the median is off.
+
+  Returns:
+    float[T] variation; 0 for the first real frame and for masked frames.
+
+  Raises:
+    ValueError: a setting out of range, or (outside jit) a frame with NaN.
+  """
+  chex.assert_rank(embedding, 2)
+  _check_choice("metric", metric, ("cosine", "l2"))
+  scales = tuple(scales)
+  if not scales or min(scales) < 1:
+    raise ValueError(f"scales={scales}, expected window lengths of at least 1")
+  if smoothing < 0:
+    raise ValueError(f"smoothing={smoothing}, expected 0 or more frames")
+  _require_finite(embedding, mask)
+  feature = _gather(_widen(embedding), mask)
+  count = _count(embedding.shape[0], mask)
+  score = _variation(
+      feature,
+      count,
+      metric=metric,
+      scales=scales,
+      median=median,
+      smoothing=smoothing,
+  )
+  return _spread(score, mask)
+
+
+# Stage 2: inflection detection ------------------------------------------------
+
+
+def _masked_median(value: Array, inside: Array) -> Array:
+  """Median of the entries that are inside; 0 where there are none."""
+  count = jnp.sum(inside)
+  ordered = jnp.sort(jnp.where(inside, value, jnp.inf))
+  low = ordered[jnp.maximum((count - 1) // 2, 0)]
+  high = ordered[jnp.minimum(count // 2, value.shape[0] - 1)]
+  return jnp.where(count > 0, (low + high) / 2, 0)
+
+
+def _peaks(value: Array, inside: Array) -> Array:
+  """Rises then falls; a plateau counts once, at its centre."""
+  size = value.shape[0]
+  time = jnp.arange(size)
+  step = (value != jnp.roll(value, 1)) | ~inside | ~jnp.roll(inside, 1)
+  starts = step.at[0].set(True)
+  ends = jnp.roll(starts, -1).at[-1].set(True)
+  first = jax.lax.cummax(jnp.where(starts, time, 0))
+  last = jax.lax.cummin(jnp.where(ends, time, size - 1), reverse=True)
+  before = jnp.maximum(first - 1, 0)
+  after = jnp.minimum(last + 1, size - 1)
+  rises = inside[before] & (before < first) & (value > value[before])
+  falls = inside[after] & (after > last) & (value > value[after])
+  return inside & rises & falls & (time == (first + last) // 2)
+
+
+def _keep_apart(peak: Array, value: Array, min_gap: int) -> Array:
+  """Drops every peak that is nearer than min_gap to a higher one.
+
+  Highest first, earlier first among equals. Each round settles all peaks that
+  are the highest in their neighbourhood at once, so a few rounds do.
+  """
+  if min_gap <= 1:
+    return peak
+  size = value.shape[0]
+  reach = min(min_gap, size) - 1
+  rank = jnp.argsort(jnp.argsort(-value, stable=True), stable=True)
+  rank = size - rank  # distinct, highest value first, 1 and up
+
+  def spread(level):  # the maximum over the neighbourhood
+    return jax.lax.reduce_window(
+        level, 0, jax.lax.max, (2 * reach + 1,), (1,), ((reach, reach),)
+    )
+
+  def settle(state):
+    alive, kept = state
+    level = jnp.where(alive, rank, 0)
+    winner = alive & (level == spread(level))
+    near = spread(winner.astype(rank.dtype)) > 0
+    return alive & ~near, kept | winner
+
+  start = (peak, jnp.zeros_like(peak))
+  return jax.lax.while_loop(lambda state: jnp.any(state[0]), settle, start)[1]
+
+
+def _inflections(
+    value: Array,
+    count: Array,
+    *,
+    gate: float,
+    min_gap: int,
+    strength: str,
+    softness: float,
+    flat: float,
+) -> tuple[Array, Array]:
+  """`detect_inflections` of the first `count` entries."""
+  time = jnp.arange(value.shape[0])
+  inside = (time > 0) & (time < count)
+  middle = _masked_median(value, inside)
+  deviation = _masked_median(jnp.abs(value - middle), inside)
+  top = jnp.max(jnp.where(inside, value, 0))
+  low = jnp.min(jnp.where(inside, value, jnp.inf))
+  tiny = jnp.finfo(value.dtype).tiny
+  unit = jnp.maximum(jnp.maximum(deviation, 1e-3 * top), tiny)
+
+  fixed = jax.lax.stop_gradient(value)
+  apex = _peaks(fixed, inside)
+  apex &= fixed > middle + gate * MAD_TO_STD * unit
+  apex &= top - low >= flat
+  apex = _keep_apart(apex, fixed, min_gap)
+
+  before, after = _shift(value, -1), _shift(value, 1)
+  bend = jax.nn.relu(2 * value - before - after)
+  bend = jnp.where((time > 1) & (time < count - 1), bend, 0)
+  if strength == "hard":
+    return apex, jnp.where(apex, bend, 0)
+  rise = jax.nn.sigmoid((value - before) / (softness * unit))
+  fall = jax.nn.sigmoid((value - after) / (softness * unit))
+  return apex, rise * fall * bend
+
+
+def detect_inflections(
+    variation: Array,
+    mask: Array | None = None,
+    *,
+    gate: float = 4.0,
+    min_gap: int = 3,
+    strength: Literal["soft", "hard"] = "soft",
+    softness: float = 1.0,
+    flat: float = 1e-4,
+) -> tuple[Array, Array]:
+  """Finds the apexes of the variation curve.
+
+  An apex rises above both neighbours (a plateau counts once, at its centre),
+  exceeds `median + gate * 1.4826 * unit`, and has no higher apex nearer than
+  `min_gap`. The strength, for ranking and gradients, is
+
+      a_t = sigmoid((v_t - v_{t-1}) / tau) * sigmoid((v_t - v_{t+1}) / tau)
+            * relu(2 v_t - v_{t-1} - v_{t+1}),   tau = softness * unit,
+
+  `unit = max(MAD, 1e-3 max v)`: a rescaled curve has the same apexes. As
+  softness goes to 0 this is the hard detector times the curvature, ties aside.
+  The first and the last step of a video have one neighbour and are no apex.
+
+  Args:
+    variation: float[T] of `variation_scores`.
+    mask: bool[T] real frames; None means all.
+    gate: height above the median in robust standard deviations.
+    min_gap: least distance of two apexes in frames.
+    strength: "soft" as above, or "hard": the curvature at apexes, else 0.
+    softness: tau in units of the curve's own spread.
+    flat: a curve whose range is smaller is constant up to rounding: no apex.
+
+  Returns:
+    apex bool[T] and strength float[T], False and 0 where masked.
+  """
+  chex.assert_rank(variation, 1)
+  _check_choice("strength", strength, ("soft", "hard"))
+  _check_positive("min_gap", min_gap)
+  value = _gather(_widen(variation), mask)
+  count = _count(variation.shape[0], mask)
+  apex, bend = _inflections(
+      value,
+      count,
+      gate=gate,
+      min_gap=min_gap,
+      strength=strength,
+      softness=softness,
+      flat=flat,
+  )
+  return _spread(apex, mask), _spread(bend, mask)
+
+
+# Stage 3: prioritized distillation --------------------------------------------
+
+
+def _standardize(value: Array, inside: Array) -> Array:
+  mean = masked.masked_mean(value, inside)
+  std = masked.masked_std(value, inside, ddof=0)
+  return jnp.where(inside, (value - mean) / jnp.maximum(std, 1e-3), 0)
+
+
+def _uniform(count: Array, num_keyframes: int) -> Array:
+  """floor((k + 0.5) n / K') of n frames, K' = min(n, K); rest arbitrary."""
+  slot = jnp.arange(num_keyframes)
+  share = jnp.clip(count, 1, num_keyframes)
+  whole, rest = count // share, count % share
+  # (2k + 1) n // 2K' without the product, which overflows in long videos.
+  return slot * whole + (whole * share + (2 * slot + 1) * rest) // (2 * share)
+
+
+def uniform_index(mask: Array, num_keyframes: int) -> Array:
+  """Evenly spaced real frames, `floor((k + 0.5) n / K)` of the n real ones.
+
+  Args:
+    mask: bool[T] real frames.
+    num_keyframes: K.
+
+  Returns:
+    int32[K] frame numbers, ascending and distinct. With n < K all n real frames
+    come first and the other slots hold T.
+  """
+  chex.assert_rank(mask, 1)
+  _check_positive("num_keyframes", num_keyframes)
+  count = _count(mask.shape[0], mask)
+  index = _uniform(count, num_keyframes)
+  valid = jnp.arange(num_keyframes) < count
+  return _frame_number(index, valid, mask, mask.shape[0])
+
+
+def _frame_number(
+    index: Array, valid: Array, mask: Array | None, num_frames: int
+) -> Array:
+  """Positions among the real frames to frame numbers, T where not valid."""
+  index = jnp.clip(index, 0, num_frames - 1)
+  if mask is not None:
+    index = _real_first(mask)[index]
+  return jnp.where(valid, index, num_frames).astype(jnp.int32)
+
+
+def _cut(
+    score: Array, apex: Array, count: Array, num_segments: int
+) -> tuple[Array, Array]:
+  """Starts and ends of the segments between the best num_segments - 1 apexes.
+
+  int32[num_segments] each; empty segments come last, with start = end = count.
+  """
+  size = score.shape[0]
+  spare = num_segments - 1
+  rank = jnp.where(apex, score, -jnp.inf)
+  best, place = jax.lax.top_k(rank, min(spare, size))
+  place = jnp.where(best > -jnp.inf, place, count).astype(jnp.int32)
+  place = jnp.pad(place, (0, spare - place.shape[0]), constant_values=size)
+  place = jnp.sort(jnp.minimum(place, count))
+  start = jnp.append(jnp.zeros(1, jnp.int32), place)
+  return start, jnp.append(place, count)
+
+
+def _keep_novel(
+    start: Array,
+    end: Array,
+    count: Array,
+    score: Array,
+    steady: Array,
+    num_keyframes: int,
+) -> tuple[Array, Array]:
+  """K of M segments, the longest first, then always the most novel.
+
+  Novelty is the least cosine distance of a segment's middle frame from those
+  of the segments already kept, times 0.1 + the lower priority of the two
+  apexes around it (the highest of all being 1): a scene that comes back does
+  not need a second frame, and a part of one shot does not become a scene.
+  """
+  size = steady.shape[0]
+  length = end - start
+  picture = steady[jnp.clip((start + end - 1) // 2, 0, size - 1)]
+  norm = jnp.sqrt(jnp.sum(picture * picture, axis=1, keepdims=True))
+  picture = picture / jnp.where(norm > 0, norm, 1)
+
+  inner = (start > 0) & (start < count)
+  opening = jnp.maximum(score[jnp.minimum(start, size - 1)], 0)
+  top = jnp.max(jnp.where(inner, opening, 0))
+  opening = jnp.where(inner, opening / jnp.where(top > 0, top, 1), 1)
+  closing = jnp.append(opening[1:], 1)  # 1 at the ends of the video
+  weight = 0.1 + jnp.minimum(opening, closing)
+
+  def keep(turn, state):
+    kept, distance = state
+    merit = jnp.where(turn == 0, length, weight * distance)
+    pick = jnp.argmax(jnp.where(kept | (length == 0), -1, merit))
+    away = 1 - jnp.sum(picture * picture[pick], axis=1)
+    return kept.at[pick].set(True), jnp.minimum(distance, away)
+
+  first = (jnp.zeros_like(length, bool), jnp.full_like(picture[:, 0], jnp.inf))
+  kept, _ = jax.lax.fori_loop(0, num_keyframes, keep, first)
+  kept &= length > 0
+  place = jnp.flatnonzero(kept, size=num_keyframes, fill_value=-1)
+  start = jnp.where(place >= 0, start[place], count)
+  return start, jnp.where(place >= 0, end[place], count)
+
+
+def _share_out(start: Array, end: Array, count: Array):
+  """Splits the segments into one piece per keyframe.
+
+  One frame for each segment; spare ones go one by one to the largest length /
+  (frames so far), to the earlier among equals.
+
+  Returns:
+    low, high int32[K] bounds of the pieces, and int32[K] their segments.
+  """
+  slots = start.shape[0]
+  length = end - start
+  share = (length > 0).astype(jnp.int32)
+  spare = jnp.minimum(slots, count) - jnp.sum(share)
+
+  def grant(turn, share):
+    quotient = jnp.where(length > 0, length / jnp.maximum(share, 1), -1)
+    return share.at[jnp.argmax(quotient)].add((turn < spare).astype(jnp.int32))
+
+  share = jax.lax.fori_loop(0, slots, grant, share)
+  total = jnp.cumsum(share)
+  slot = jnp.arange(slots)
+  segment = jnp.sum(slot[:, None] >= total[None, :], axis=1)
+  segment = jnp.minimum(segment, slots - 1)
+  turn = slot - (total - share)[segment]
+  parts = jnp.maximum(share[segment], 1)
+  low = start[segment] + turn * length[segment] // parts
+  high = start[segment] + (turn + 1) * length[segment] // parts
+  return low, high, segment
+
+
+def _soft_rows(
+    logit: Array, support: Array, temperature: float
+) -> tuple[Array, Array]:
+  """argmax int32[K] and softmax [K, T] of each row over its support."""
+  masked_logit = jnp.where(support, logit[None, :], -jnp.inf)
+  index = jnp.argmax(masked_logit, axis=1)
+  top = jnp.max(masked_logit, axis=1, keepdims=True)
+  top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
+  scaled = jnp.where(support, (logit[None, :] - top) / temperature, 0)
+  power = jnp.where(support, jnp.exp(scaled), 0)
+  total = jnp.sum(power, axis=1, keepdims=True)
+  return index, power / jnp.where(jnp.any(support, 1, keepdims=True), total, 1)
+
+
+def _dot(weight: Array, feature: Array) -> Array:
+  return jnp.matmul(weight, feature, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cosine(left: Array, right: Array) -> Array:
+  """Cosine along the last axis; 0, with zero gradient, beside a zero vector."""
+  norm = jnp.sum(left * left, -1) * jnp.sum(right * right, -1)
+  positive = norm > 0
+  root = jnp.sqrt(jnp.where(positive, norm, 1))
+  return jnp.where(positive, jnp.sum(left * right, -1) / root, 0)
+
+
+def relevance_scores(embedding: Array, query: Array) -> Array:
+  """float[T]: the cosine of every frame with a query, float[E]."""
+  chex.assert_rank([embedding, query], [2, 1])
+  feature = _widen(embedding)
+  return _cosine(feature, query.astype(feature.dtype))
+
+
+SHOWN = ("calmest", "middle", "medoid", "first", "apex")
+
+
+def _fitness(
+    feature: Array,
+    steady: Array,
+    variation: Array,
+    count: Array,
+    low: Array,
+    high: Array,
+    shown: str,
+) -> Array:
+  """[T] how well each frame stands for its piece; the best one is shown."""
+  size = feature.shape[0]
+  time = jnp.arange(size)
+  inside = time < count
+  if shown == "calmest":
+    # A frame is as calm as the rougher of the steps beside it, and no calmer
+    # than it is like its neighbours: the median hides flicker from v alone.
+    flicker = jnp.where(inside, 1 - _cosine(feature, steady), 0)
+    rough = jnp.maximum(variation, _shift(variation, 1)) + flicker
+    return -_standardize(rough, inside)
+  if shown == "apex":
+    return _standardize(variation, inside)
+  owner = jnp.sum(time[:, None] >= low[None, 1:], axis=1)
+  if shown == "middle":
+    offset = 2 * time - (low + high - 1)[owner]
+    return -jnp.abs(offset) / jnp.maximum(high - low, 1)[owner].astype(
+        feature.dtype
+    )
+  if shown == "first":
+    return (low[owner] - time) / jnp.maximum(high - low, 1)[owner].astype(
+        feature.dtype
+    )
+  piece = (time >= low[:, None]) & (time < high[:, None])
+  mean = _dot(piece.astype(feature.dtype), feature)
+  return _standardize(_cosine(feature, mean[owner]), inside)
+
+
+def _distill(
+    feature: Array,
+    variation: Array,
+    apex: Array,
+    strength: Array,
+    extra: Array,
+    count: Array,
+    *,
+    num_keyframes: int,
+    selection: str,
+    rng: Array | None,
+    shown: str,
+    crowded: str,
+    variation_weight: float,
+    apex_weight: float,
+    temperature: float,
+    min_gap: int,
+) -> dict[str, Array]:
+  """`distill_keyframes` of the first `count` frames, frames numbered there."""
+  size = feature.shape[0]
+  time = jnp.arange(size)
+  inside = time < count
+  stepped = inside & (time > 0)
+  height = jnp.clip(_standardize(variation, stepped), -3, 3)
+  bend = jnp.clip(_standardize(strength, stepped), -3, 3)
+  score = variation_weight * height + apex_weight * bend + extra
+  score = jnp.where(inside, score, 0)
+
+  fixed = jax.lax.stop_gradient(score)
+  steady = _median_of_three(feature, count)
+  if crowded == "novelty" and selection != "stochastic":
+    start, end = _cut(fixed, apex, count, 2 * num_keyframes)
+    calm = jax.lax.stop_gradient(steady)
+    start, end = _keep_novel(start, end, count, fixed, calm, num_keyframes)
+  else:
+    start, end = _cut(fixed, apex, count, num_keyframes)
+  low, high, segment = _share_out(start, end, count)
+  slot = jnp.arange(num_keyframes)
+  valid = slot < count
+  even = ~jnp.any(apex)
+
+  # Pieces of an evenly sampled video meet half-way between its keyframes.
+  spaced = _uniform(count, num_keyframes)
+  spaced = jnp.where(valid, spaced, count)
+  halfway = (spaced[:-1] + spaced[1:] + 1) // 2
+  halfway = jnp.where(valid[1:], halfway, count)
+  low = jnp.where(even, jnp.append(jnp.zeros(1, low.dtype), halfway), low)
+  high = jnp.where(even, jnp.append(halfway, count), high)
+  segment = jnp.where(even, 0, segment)
+
+  if selection == "stochastic":
+    order = _draw(fixed, inside, num_keyframes, rng, temperature, min_gap)
+    logprob = _picks_logprob(score, order, inside, temperature, min_gap)
+    index = jnp.sort(order)
+    valid = index < size
+    segment = jnp.sum(index[:, None] >= start[None, 1:], axis=1)
+    weight = (time == index[:, None]).astype(feature.dtype)
+    embedding = feature[jnp.minimum(index, size - 1)]
+    embedding = jnp.where(valid[:, None], embedding, 0)
+  else:
+    fit = _fitness(feature, steady, variation, count, low, high, shown)
+    fit += extra
+    support = (time >= low[:, None]) & (time < high[:, None])
+    if shown in ("calmest", "medoid"):
+      edge = (high - low + 1) // 4
+      central = (time >= (low + edge)[:, None]) & (
+          time < (high - edge)[:, None]
+      )
+      support &= central | (even & (time == spaced[:, None]))
+    support &= valid[:, None]
+    index, weight = _soft_rows(fit, support, temperature)
+    index = jnp.where(even, spaced, index)
+    embedding = _dot(weight, feature)
+    if selection == "straight_through":
+      hard = (time == index[:, None]) & valid[:, None]
+      sharp = feature[jnp.minimum(index, size - 1)]
+      sharp = jnp.where(valid[:, None], sharp, 0)
+      embedding = jax.lax.stop_gradient(sharp) + _forward_zero(embedding)
+      weight = hard.astype(weight.dtype) + _forward_zero(weight)
+    logprob = jnp.zeros((), feature.dtype)
+    order = None
+
+  # Saliency: the priority of the opening apex, the highest of all being 1.
+  top = jnp.max(jnp.where(apex, fixed, 0))
+  merit = jnp.where(apex, fixed, 0) / jnp.where(top > 0, top, 1)
+  opener = start[segment]
+  saliency = jnp.clip(merit[jnp.minimum(opener, size - 1)], 0, 1)
+  saliency = jnp.where(valid & (opener > 0), saliency, 0)
+  if order is None:
+    rank = jnp.argsort(jnp.where(valid, -saliency, jnp.inf), stable=True)
+    order = jnp.where(valid[rank], index[rank], size)
+  return {
+      "index": index,
+      "mask": valid,
+      "order": order,
+      "weight": weight,
+      "embedding": embedding,
+      "score": score,
+      "saliency": saliency,
+      "segment": jnp.stack([start[segment], end[segment]], axis=1),
+      "logprob": logprob,
+  }
+
+
+def _forward_zero(value: Array) -> Array:
+  """0 forward, the gradient of the value backward."""
+  return value - jax.lax.stop_gradient(value)
+
+
+def distill_keyframes(
+    embedding: Array,
+    variation: Array,
+    apex: Array,
+    strength: Array,
+    mask: Array | None = None,
+    *,
+    num_keyframes: int,
+    selection: Literal["soft", "straight_through", "stochastic"] = "soft",
+    rng: Array | None = None,
+    shown: Literal[
+        "calmest", "middle", "medoid", "first", "apex"
+    ] = "calmest",
+    crowded: Literal["novelty", "priority"] = "novelty",
+    variation_weight: float = 1.0,
+    apex_weight: float = 1.0,
+    relevance_weight: float = 1.0,
+    query: Array | None = None,
+    bonus: Array | None = None,
+    temperature: float = 1.0,
+    min_gap: int = 3,
+) -> Keyframes:
+  """Cuts the video at its best apexes and shows one calm frame of each part.
+
+  Priority: `score = w_v z(v) + w_a z(a) + w_q cos(f, query) + bonus`, z the
+  masked standard score (std at least 1e-3) clipped to +-3. The best K - 1
+  apexes cut the video into segments. Each segment gets one frame, spare frames
+  go one by one to the largest length / (frames so far) and split their segment
+  evenly. Without any apex the frames are exactly those of `uniform_index`.
+
+  Args:
+    embedding: float[T, E].
+    variation: float[T] of `variation_scores`.
+    apex: bool[T] of `detect_inflections`.
+    strength: float[T] of `detect_inflections`.
+    mask: bool[T] real frames; None means all.
+    num_keyframes: K.
+    selection: "soft": `weight[k]` is a softmax within keyframe k's piece of
+      video, `embedding = weight @ f`, an honest gradient with the cuts held
+      fixed. "straight_through": the shown frame forward, the gradient of the
+      soft selection backward. "stochastic": frames drawn one by one from
+      softmax(score / temperature), see `selection_logprob`.
+    rng: key, for "stochastic" only.
+    shown: the frame of a piece that is shown. "calmest": least variation on
+      either side and least flicker, in the central half; "medoid": most like
+      the piece's mean, in the central half; "middle"; "first", after the cut;
+      "apex", most variation. Query relevance and bonus are added.
+    variation_weight: w_v.
+    apex_weight: w_a.
+    relevance_weight: w_q, used with a query only.
+    query: float[E] embedding of the question, None for none.
+    bonus: float[T] priority from elsewhere, such as a learned scorer.
+    temperature: of the softmaxes, in standard deviations of what they rank.
+    min_gap: least distance of two stochastic picks, in real frames.
+
+  Returns:
+    Keyframes; slots beyond the number of real frames are masked.
+
+  Raises:
+    ValueError: a setting out of range, or "stochastic" without rng.
+  """
+  chex.assert_rank([embedding, variation, apex, strength], [2, 1, 1, 1])
+  chex.assert_equal_shape([variation, apex, strength])
+  _check_choice(
+      "selection", selection, ("soft", "straight_through", "stochastic")
+  )
+  _check_choice("shown", shown, SHOWN)
+  _check_choice("crowded", crowded, ("novelty", "priority"))
+  _check_positive("num_keyframes", num_keyframes)
+  _check_positive("min_gap", min_gap)
+  if selection == "stochastic" and rng is None:
+    raise ValueError('selection="stochastic" draws frames, expected rng=key')
+  size = embedding.shape[0]
+  feature = _gather(_widen(embedding), mask)
+  count = _count(size, mask)
+  extra = jnp.zeros(size, feature.dtype)
+  if query is not None:
+    extra += relevance_weight * relevance_scores(feature, query)
+  if bonus is not None:
+    extra += _gather(bonus.astype(feature.dtype), mask)
+  value = _gather(_widen(variation), mask)
+  found = _distill(
+      feature,
+      value,
+      _gather(apex, mask),
+      _gather(_widen(strength), mask),
+      extra,
+      count,
+      num_keyframes=num_keyframes,
+      selection=selection,
+      rng=rng,
+      shown=shown,
+      crowded=crowded,
+      variation_weight=variation_weight,
+      apex_weight=apex_weight,
+      temperature=temperature,
+      min_gap=min_gap,
+  )
+  valid = found["mask"]
+  segment = found["segment"]
+  first = _frame_number(segment[:, 0], valid, mask, size)
+  last = _frame_number(segment[:, 1] - 1, valid, mask, size)
+  return Keyframes(
+      index=_frame_number(found["index"], valid, mask, size),
+      mask=valid,
+      order=_frame_number(found["order"], found["order"] < count, mask, size),
+      weight=_spread(found["weight"], mask),
+      embedding=found["embedding"],
+      score=_spread(found["score"], mask),
+      variation=variation,
+      saliency=found["saliency"],
+      segment=jnp.stack([first, jnp.minimum(last + 1, size)], axis=1),
+      apex=apex,
+      logprob=found["logprob"],
+  )
+
+
+# Stochastic selection ---------------------------------------------------------
+
+
+def _available(order: Array, inside: Array, min_gap: int) -> Array:
+  """bool[K, T] the frames each pick could choose from.
+
+  Frames nearer than min_gap to an earlier pick are gone; where that leaves
+  none, every frame that was not picked itself is back.
+  """
+  time = jnp.arange(inside.shape[0])
+  away = jnp.abs(time[None, :] - order[:, None])
+
+  def free(gap):
+    near = (away < gap).astype(jnp.int32)
+    return inside & (jnp.cumsum(near, axis=0) - near == 0)
+
+  apart = free(min_gap)
+  return jnp.where(jnp.any(apart, axis=1, keepdims=True), apart, free(1))
+
+
+def _draw(
+    score: Array,
+    inside: Array,
+    num_keyframes: int,
+    rng: Array,
+    temperature: float,
+    min_gap: int,
+) -> Array:
+  """int32[K] frames in the order drawn, T where none was left.
+
+  One Gumbel perturbation serves all draws: the largest perturbed score among
+  those still available is a draw from their softmax, whichever went before.
+  """
+  size = score.shape[0]
+  time = jnp.arange(size)
+  noise = jax.random.gumbel(rng, (size,), score.dtype)
+  level = jnp.where(inside, score / temperature + noise, -jnp.inf)
+
+  def draw(state, _):
+    apart, unpicked = state
+    free = jnp.where(jnp.any(apart), apart, unpicked)
+    pick = jnp.argmax(jnp.where(free, level, -jnp.inf))
+    pick = jnp.where(jnp.any(free), pick, size).astype(jnp.int32)
+    away = jnp.abs(time - pick)
+    return (apart & (away >= min_gap), unpicked & (away > 0)), pick
+
+  return jax.lax.scan(draw, (inside, inside), length=num_keyframes)[1]
+
+
+def _picks_logprob(
+    score: Array,
+    order: Array,
+    inside: Array,
+    temperature: float,
+    min_gap: int,
+) -> Array:
+  """`selection_logprob` among the first frames, numbered there."""
+  size = score.shape[0]
+  free = _available(order, inside, min_gap)
+  logit = score / temperature
+  drawn = order < size
+  free |= ~drawn[:, None]  # keeps the unused rows finite
+  level = jnp.where(free, logit[None, :], -jnp.inf)
+  picked = logit[jnp.minimum(order, size - 1)]
+  return jnp.sum(
+      jnp.where(drawn, picked - jax.nn.logsumexp(level, axis=1), 0)
+  )
+
+
+def selection_logprob(
+    score: Array,
+    order: Array,
+    mask: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    min_gap: int = 3,
+) -> Array:
+  """Exact log-probability of a stochastic selection, from its pick order.
+
+  `sum_j [ s_j / t - logsumexp over the still available s / t ]`: after each
+  draw the frames nearer than `min_gap` are gone; where that leaves none, all
+  frames not yet picked are back, so K frames come out of any video that has
+  them. Plackett-Luce for `min_gap=1`.
+
+  Args:
+    score: float[T] priority, differentiable.
+    order: int32[K] picks in the order drawn, T for none.
+    mask: bool[T] real frames; None means all.
+    temperature: as in the draw.
+    min_gap: as in the draw, in real frames.
+
+  Returns:
+    float[] log-probability.
+  """
+  chex.assert_rank([score, order], [1, 1])
+  _check_positive("min_gap", min_gap)
+  size = score.shape[0]
+  inside = jnp.arange(size) < _count(size, mask)
+  if mask is not None:
+    rank = jnp.append(jnp.cumsum(mask) - 1, size)
+    order = rank[order]
+  return _picks_logprob(
+      _gather(_widen(score), mask), order, inside, temperature, min_gap
+  )
+
+
+# All of it --------------------------------------------------------------------
+
+
+def select_keyframes(
+    embedding: Array,
+    mask: Array | None = None,
+    *,
+    num_keyframes: int,
+    selection: Literal["soft", "straight_through", "stochastic"] = "soft",
+    rng: Array | None = None,
+    metric: Literal["cosine", "l2"] = "cosine",
+    scales: Sequence[int] = (2, 4),
+    median: bool = True,
+    smoothing: float = 0.0,
+    gate: float = 4.0,
+    min_gap: int = 3,
+    strength: Literal["soft", "hard"] = "soft",
+    softness: float = 1.0,
+    flat: float = 1e-4,
+    shown: Literal[
+        "calmest", "middle", "medoid", "first", "apex"
+    ] = "calmest",
+    crowded: Literal["novelty", "priority"] = "novelty",
+    variation_weight: float = 1.0,
+    apex_weight: float = 1.0,
+    relevance_weight: float = 1.0,
+    query: Array | None = None,
+    bonus: Array | None = None,
+    temperature: float = 1.0,
+) -> Keyframes:
+  """Chooses K keyframes of one video: the three stages in a row.
+
+  The arguments are those of `variation_scores`, `detect_inflections` and
+  `distill_keyframes`. vmap, jit, grad and scan over it freely.
+
+  Args:
+    embedding: float[T, E] one embedding per scanned frame.
+    mask: bool[T] real frames; None means all.
+    num_keyframes: K.
+    selection: "soft", "straight_through" or "stochastic".
+    rng: key, for "stochastic" only.
+    metric: see `variation_scores`, as scales, median and smoothing.
+    scales: window lengths in frames.
+    median: temporal median of three first.
+    smoothing: Gaussian over the curve, in frames.
+    gate: see `detect_inflections`, as min_gap, strength, softness and flat.
+    min_gap: least distance of two apexes, and of two stochastic picks.
+    strength: "soft" or "hard".
+    softness: of the soft strength.
+    flat: range below which the curve counts as constant.
+    shown: see `distill_keyframes`, as everything that follows.
+    variation_weight: w_v.
+    apex_weight: w_a.
+    relevance_weight: w_q.
+    query: float[E] or None.
+    bonus: float[T] or None.
+    temperature: of the softmaxes.
+
+  Returns:
+    Keyframes. A NaN in a real frame makes the numbers of that video NaN and its
+    keyframes the uniform ones; outside jit it is an error.
+  """
+  variation = variation_scores(
+      embedding,
+      mask,
+      metric=metric,
+      scales=scales,
+      median=median,
+      smoothing=smoothing,
+  )
+  apex, bend = detect_inflections(
+      variation,
+      mask,
+      gate=gate,
+      min_gap=min_gap,
+      strength=strength,
+      softness=softness,
+      flat=flat,
+  )
+  return distill_keyframes(
+      embedding,
+      variation,
+      apex,
+      bend,
+      mask,
+      num_keyframes=num_keyframes,
+      selection=selection,
+      rng=rng,
+      shown=shown,
+      crowded=crowded,
+      variation_weight=variation_weight,
+      apex_weight=apex_weight,
+      relevance_weight=relevance_weight,
+      query=query,
+      bonus=bonus,
+      temperature=temperature,
+      min_gap=min_gap,
+  )
+
+
+_STATIC = (
+    "num_keyframes",
+    "selection",
+    "metric",
+    "scales",
+    "median",
+    "smoothing",
+    "min_gap",
+    "strength",
+    "shown",
+    "crowded",
+)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _select_batch(embedding, mask, rng, query, bonus, **settings):
+  def one(embedding, mask, rng, query, bonus):
+    return select_keyframes(
+        embedding, mask, rng=rng, query=query, bonus=bonus, **settings
+    )
+
+  return jax.vmap(one)(embedding, mask, rng, query, bonus)
+
+
+def select_videos(
+    embedding: Array,
+    mask: Array | None = None,
+    *,
+    rng: Array | None = None,
+    query: Array | None = None,
+    bonus: Array | None = None,
+    **settings,
+) -> Keyframes:
+  """`select_keyframes` of a batch, jit-compiled.
+
+  Args:
+    embedding: float[B, T, E].
+    mask: bool[B, T] or None.
+    rng: one key, split over the videos; for "stochastic" only.
+    query: float[B, E] or None.
+    bonus: float[B, T] or None.
+    **settings: the other arguments of `select_keyframes`.
+
+  Returns:
+    Keyframes, every field with a leading B.
+  """
+  chex.assert_rank(embedding, 3)
+  _require_finite(embedding, mask)
+  if rng is not None:
+    rng = jax.random.split(rng, embedding.shape[0])
+  if "scales" in settings:
+    settings["scales"] = tuple(settings["scales"])
+  return _select_batch(embedding, mask, rng, query, bonus, **settings)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _score_batch(embedding, mask, **settings):
+  score = functools.partial(variation_scores, **settings)
+  return jax.vmap(score)(embedding, mask)
+
+
+def score_videos(
+    embedding: Array, mask: Array | None = None, **settings
+) -> Array:
+  """`variation_scores` of a batch, jit-compiled: [B, T, E] to [B, T]."""
+  chex.assert_rank(embedding, 3)
+  _require_finite(embedding, mask)
+  if "scales" in settings:
+    settings["scales"] = tuple(settings["scales"])
+  return _score_batch(embedding, mask, **settings)
+
+
+def straight_through_tokens(token: Array, keyframes: Keyframes) -> Array:
+  """Ties the visual tokens of the chosen frames to their selection weights.
+
+  `x_k * (1 + w_k - stop_gradient(w_k))`, w_k the weight of the shown frame: the
+  value is unchanged, and the weight receives a gradient although only the
+  chosen frames were encoded.
+
+  Args:
+    token: float[K, P, D] visual tokens of the keyframes.
+    keyframes: of one video, "soft" or "straight_through".
+
+  Returns:
+    float[K, P, D].
+  """
+  chex.assert_rank(token, 3)
+  index = jnp.minimum(keyframes.index, keyframes.weight.shape[1] - 1)
+  weight = jnp.take_along_axis(keyframes.weight, index[:, None], axis=1)
+  gate = 1 + _forward_zero(jnp.where(keyframes.mask, weight[:, 0], 0))
+  return token * gate[:, None, None].astype(token.dtype)
+
+
+# The default embedding --------------------------------------------------------
+
+_BINS = 7  # of each colour axis of the histogram
+_GRID = 4  # cells per side of the layout
+_FINE_PX = 32  # the histogram counts about so many averaged pixels per side
+
+
+def pixel_descriptor(frames: Array) -> Array:
+  """A cheap embedding of small frames: which colours, and where.
+
+  Two parts, made for cosine distances between frames:
+
+  - a histogram of chromaticity (red against green and both against blue, each
+    over the pixel's sum), in 7 x 7 soft bins, as square roots, so that the dot
+    product of two histograms is their overlap. A texture that moves keeps its
+    histogram, and light of any strength keeps its chromaticities, but a
+    coloured thing that appears takes its share of the picture away from the
+    rest;
+  - at half that weight, the layout: log luminance less the frame's mean, and
+    two log colour ratios, in 4 x 4 cells. It tells apart what has the same
+    colours elsewhere, and grey pictures. A constant beside it keeps the noise
+    of a flat frame from counting as a picture.
+
+  Args:
+    frames: uint8[..., h, w, 3] RGB, 4 px or more a side; 64 is plenty.
+
+  Returns:
+    float32[..., 98].
+  """
+  chex.assert_axis_dimension(frames, -1, 3)
+  *lead, height, width, _ = frames.shape
+  if min(height, width) < _GRID:
+    raise ValueError(
+        f"frames of {height} x {width} px, expected at least {_GRID} px a side:"
+        " scan larger frames"
+    )
+  flat = frames.reshape((-1, height, width, 3))
+  # Blocks of frames that stay in cache: the soft bins take 14 floats a pixel.
+  feature = jax.lax.map(_describe, flat, batch_size=32)
+  return feature.reshape((*lead, -1))
+
+
+def _describe(frame: Array) -> Array:
+  """float32[98] of one frame uint8[h, w, 3]."""
+  height, width, _ = frame.shape
+  block = max(1, min(height, width) // _FINE_PX)
+  rows, columns = height // block, width // block
+  frame = frame[: rows * block, : columns * block].astype(jnp.float32)
+  fine = frame.reshape((rows, block, columns, block, 3)).mean((1, 3))
+  return jnp.concatenate([_histogram(fine), 0.5 * _layout(fine)])
+
+
+def _histogram(fine: Array) -> Array:
+  """float32[49]: square roots of the shares of the chromaticities."""
+  red, green, blue = jnp.moveaxis(fine.reshape((-1, 3)), -1, 0)
+  total = red + green + blue + 30  # the colour of near-black is noise
+  across = _soft_bins((red - green) / total, 0.6)
+  along = _soft_bins(((red + green) / 2 - blue) / total, 0.5)
+  share = jnp.matmul(across, along.T) / red.size
+  return jnp.sqrt(share + 1e-4).reshape(-1)
+
+
+def _soft_bins(value: Array, reach: float) -> Array:
+  """[bins, n]: each value shared between the two bins beside it."""
+  centre = jnp.arange(_BINS, dtype=jnp.float32)[:, None]
+  place = (jnp.clip(value / reach, -1, 1) + 1) * ((_BINS - 1) / 2)
+  return jnp.maximum(0, 1 - jnp.abs(place[None, :] - centre))
+
+
+def _layout(fine: Array) -> Array:
+  """float32[49]: light and colours of the cells, and a constant."""
+  rows = _cell_average(fine.shape[0])
+  columns = _cell_average(fine.shape[1])
+  cell = jnp.einsum("gh,hwc,kw->gkc", rows, fine, columns)
+  red, green, blue = jnp.moveaxis(jnp.log(cell / 255 + 0.08), -1, 0)
+  light = (red + green + blue) / 3
+  light = 0.5 * (light - jnp.mean(light))
+  picture = jnp.stack([light, red - green, (red + green) / 2 - blue])
+  return jnp.append(picture.reshape(-1) / _GRID, 0.25)
+
+
+def _cell_average(size: int) -> Array:
+  """float32[4, size] averaging matrix of nearly equal cells."""
+  cell = jnp.arange(size) * _GRID // size
+  member = (cell[None, :] == jnp.arange(_GRID)[:, None]).astype(jnp.float32)
+  return member / jnp.sum(member, axis=1, keepdims=True)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs an experiment on this machine; sets everything up the first time.
+#
+#   bash launch/run.sh                                  the small run on a CPU
+#   bash launch/run.sh --config=configs/kfgrpo_cpu.py:smoke
+#   PYTHON=python3.12 bash launch/run.sh ...            see setup.sh
+#
+# Arguments go to `python -m cf_jax.main` as they are; relative paths count from
+# the repository's root. The same command again continues an interrupted run.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [[ $# -eq 0 ]]; then
+  set -- --config=configs/kfgrpo_cpu.py --workdir=runs/kfgrpo_cpu
+fi
+set_up
+say "+ cd $ROOT"
+say "+ $VENV_PYTHON -m cf_jax.main $*"
+exec "$VENV_PYTHON" -m cf_jax.main "$@"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint and tests, as CI runs them; sets everything up the first time.
+#
+#   bash launch/test.sh                     everything
+#   bash launch/test.sh tests/test_tad.py   arguments go to pytest
+#   TEST_WORKERS=0 bash launch/test.sh --pdb ...   in one process
+#   PYTHON=python3.12 VENV=.venv-3.12 bash launch/test.sh   see setup.sh
+#
+# `ruff check --fix . && ruff format .` repairs most of what lint finds.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+set_up
+run "$VENV_PYTHON" -m ruff check .
+run "$VENV_PYTHON" -m ruff format --check .
+run "$VENV_PYTHON" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile "$@"

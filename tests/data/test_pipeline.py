@@ -1,0 +1,192 @@
+"""The loader: order, resume, shards, unreadable videos; the frame reader."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cf_jax.data import pipeline, records, synthetic, video
+
+SCAN = dict(scan_frames=8, scan_size_px=(16, 16))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+  root = synthetic.ensure(
+      tmp_path_factory.mktemp("cache"), seed=5, num_train=10, num_dev=1,
+      num_test=1,
+  )
+  return synthetic.load(root, "train")
+
+
+def _loader(samples, **settings):
+  return pipeline.make_loader(
+      samples, **(SCAN | dict(batch_size=4, seed=0, num_threads=1) | settings)
+  )
+
+
+def _equal(left, right):
+  return all(
+      np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+      for a, b in zip(left, right)
+  )
+
+
+def test_batches_and_epochs(samples):
+  loader = _loader(samples, batch_size=5)
+  batches = [next(loader) for _ in range(4)]
+  for batch in batches:
+    assert batch.scan.shape == (5, 8, 16, 16, 3)
+    assert batch.scan.dtype == np.uint8 and batch.scan_mask.all()
+    assert batch.scan_time_s.dtype == np.float32
+    assert batch.frame_index.dtype == batch.sample_index.dtype == np.int32
+    np.testing.assert_array_equal(
+        batch.frame_index, np.tile(np.arange(6, 96, 12), (5, 1))
+    )
+    assert [samples[n] for n in batch.sample_index] == batch.samples
+  epochs = [
+      np.concatenate([a.sample_index, b.sample_index])
+      for a, b in (batches[:2], batches[2:])
+  ]
+  assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+  assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_without_shuffle_one_epoch_ends_with_a_smaller_batch(samples):
+  batches = list(_loader(samples, shuffle=False, num_epochs=1))
+  assert [b.sample_index.tolist() for b in batches] == [
+      [0, 1, 2, 3], [4, 5, 6, 7], [8, 9],
+  ]
+
+
+def test_resume_is_exact_and_json(samples):
+  loader = _loader(samples)
+  for _ in range(4):  # into the second epoch
+    next(loader)
+  state = json.loads(json.dumps(loader.get_state()))
+  expected = [next(loader) for _ in range(3)]
+  resumed = _loader(samples)
+  resumed.set_state(state)
+  assert all(
+      _equal(next(resumed), batch) for batch in expected
+  )
+
+
+def test_state_of_other_samples_is_refused(samples):
+  state = _loader(samples).get_state()
+  for other in (_loader(samples[:9]), _loader(samples, seed=1)):
+    with pytest.raises(ValueError, match="other samples"):
+      other.set_state(state)
+
+
+def test_shards_are_disjoint_and_equal(samples):
+  seen = []
+  for shard in range(3):
+    loader = _loader(
+        samples, batch_size=3, shard_index=shard, shard_count=3, num_epochs=1
+    )
+    seen += [next(loader).sample_index.tolist()]
+    with pytest.raises(StopIteration):
+      next(loader)
+  assert sorted(sum(seen, [])) == list(range(9))
+
+
+def test_second_epoch_decodes_nothing(samples, monkeypatch):
+  scan, calls = video.scan_frames, []
+
+  def counted(path, *args, **kwargs):
+    calls.append(path)
+    return scan(path, *args, **kwargs)
+
+  monkeypatch.setattr(video, "scan_frames", counted)
+  loader = _loader(samples, batch_size=5)
+  first = [next(loader) for _ in range(6)]
+  assert len(calls) == 10
+  calls.clear()
+  loader = _loader(samples, batch_size=5, scan_cache_mib=0)
+  assert all(_equal(next(loader), batch) for batch in first)
+  assert len(calls) >= 30
+
+
+def test_unreadable_videos_are_skipped_counted_and_listed(samples, tmp_path):
+  bad = tmp_path / "bad.mp4"
+  bad.write_text("no video")
+  mixed = list(samples)
+  mixed[3] = mixed[3]._replace(video=str(bad))
+  mixed[7] = mixed[7]._replace(video=str(tmp_path / "gone.mp4"))
+  loader = _loader(mixed, max_skip_fraction=0.2)
+  for _ in range(5):
+    batch = next(loader)
+    assert len(batch.samples) == 4
+    assert not {3, 7} & set(batch.sample_index.tolist())
+  assert loader.skipped_total == 2 and str(bad) in loader.skipped
+  resumed = _loader(mixed, max_skip_fraction=0.2)
+  resumed.set_state(json.loads(json.dumps(loader.get_state())))
+  assert resumed.skipped == loader.skipped
+  assert _equal(next(resumed), next(loader))
+
+  loader = _loader(mixed, max_skip_fraction=0.1)
+  with pytest.raises(ValueError, match="max_skip_fraction.*gone.mp4"):
+    for _ in range(5):
+      next(loader)
+
+
+def test_sizes_that_cannot_work(samples):
+  with pytest.raises(ValueError, match="batch_size is 11"):
+    _loader(samples, batch_size=11)
+  with pytest.raises(ValueError, match="at least one sample a host"):
+    _loader(samples, shard_count=11)
+
+
+def test_worker_processes_give_the_same_batches(samples):
+  loader = _loader(samples, num_workers=1, num_epochs=1)
+  try:
+    for batch, expected in zip(loader, _loader(samples)):
+      if len(batch.samples) == 4:
+        assert _equal(batch, expected)
+  finally:
+    loader.close()
+
+
+def test_collate_is_what_the_loader_gives(samples):
+  batch = next(_loader(samples, shuffle=False))
+  assert _equal(
+      pipeline.collate(samples[:4], np.arange(4), **SCAN), batch
+  )
+  with pytest.raises(video.VideoError, match="no such file"):
+    pipeline.collate(
+        [records.Sample("a", "/no/such.mp4", "?", (), "")], [0], **SCAN
+    )
+
+
+def test_reader_reads_and_remembers(samples, monkeypatch):
+  reader = pipeline.FrameReader((28, 56), cache_mib=1, num_threads=2)
+  index = np.array([[5, 90, 5], [0, 1, 2]])
+  frames = reader.read(samples[:2], index)
+  assert frames.shape == (2, 3, 28, 56, 3) and reader.size_px == (28, 56)
+  for row in range(2):
+    expected, _ = video.read_frames(
+        samples[row].video, index[row], (28, 56)
+    )
+    np.testing.assert_array_equal(frames[row], expected)
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("decoded again")
+
+  monkeypatch.setattr(video, "read_frames", refuse)
+  np.testing.assert_array_equal(reader.read(samples[:2], index), frames)
+
+
+def test_reader_memory_is_bounded(samples):
+  reader = pipeline.FrameReader((128, 128), cache_mib=1, num_threads=2)
+  for start in range(0, 96, 12):
+    reader.read(samples[:2], np.tile(np.arange(start, start + 12), (2, 1)))
+  kept = reader._cache.values()
+  assert sum(frame.nbytes for frame in kept) <= 2**20
+  assert all(frame.base is None for frame in kept)
+
+
+def test_reader_refuses_other_shapes(samples):
+  reader = pipeline.FrameReader((28, 28), cache_mib=1, num_threads=1)
+  with pytest.raises(ValueError, match="index must be int"):
+    reader.read(samples[:2], np.zeros((3, 2), int))

@@ -1,0 +1,63 @@
+"""The probes stay at chance on the built-in set, and see a planted clue."""
+
+import numpy as np
+import pytest
+
+from cf_jax.data import shortcuts, synthetic, video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+  root = synthetic.ensure(
+      tmp_path_factory.mktemp("cache"), seed=11, num_train=1, num_dev=1,
+      num_test=150,
+  )
+  samples = synthetic.load(root, "test")
+  frames = np.stack([
+      video.read_frames(sample.video, None, (32, 32))[0] for sample in samples
+  ])
+  return shortcuts.specs_of(samples), frames
+
+
+def test_every_probe_is_at_chance(videos):
+  specs, frames = videos
+  assert [spec.id for spec in specs[:2]] == ["test-000000", "test-000001"]
+  found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
+  assert len(found) == 3 + 4 * 3
+  for name, probe in found.items():
+    assert abs(probe.accuracy - probe.chance) < probe.half_interval, name
+    assert 0 < probe.half_interval < 0.3
+
+
+def test_a_ramp_of_light_is_found(videos):
+  specs, frames = videos
+  ramp = np.linspace(0.7, 1.0, frames.shape[1])[:, None, None, None]
+  frames = (frames * ramp).astype(np.uint8)
+  found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
+  for name in (
+      "which of two frames came first", "a frame's half of the video",
+  ):
+    probe = found[name]
+    assert probe.accuracy - probe.chance > probe.half_interval, name
+
+
+def test_a_favourite_letter_and_telling_times_are_found(videos):
+  specs, frames = videos
+  changed = [
+      spec._replace(answer="A", flickers=(20,)) if n % 3 else
+      spec._replace(answer="B", flickers=(80,))
+      for n, spec in enumerate(specs)
+  ]
+  found = shortcuts.shortcut_probes(changed, frames, np.random.default_rng(0))
+  probe = found["order: times alone"]
+  assert probe.accuracy - probe.chance > probe.half_interval
+  probe = found["needle: letter alone"]
+  assert probe.accuracy - probe.chance > probe.half_interval
+
+
+def test_too_few_videos(videos):
+  specs, frames = videos
+  with pytest.raises(ValueError, match="report.probe_videos"):
+    shortcuts.shortcut_probes(
+        specs[:20], frames[:20], np.random.default_rng(0)
+    )

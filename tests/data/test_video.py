@@ -1,0 +1,204 @@
+"""Reading real and broken video files."""
+
+import json
+import pathlib
+
+import cv2
+import numpy as np
+import pytest
+
+from cf_jax.data import video
+
+DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "videos"
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"real videos are not at {DATA}"
+)
+
+
+def _write(path, num_frames, size=(32, 48), fps=10.0, fourcc="mp4v"):
+  """A video whose frame k is grey of level 10 k (mod 256)."""
+  height, width = size
+  writer = cv2.VideoWriter(
+      str(path), cv2.VideoWriter_fourcc(*fourcc), fps, (width, height)
+  )
+  assert writer.isOpened()
+  for k in range(num_frames):
+    writer.write(np.full((height, width, 3), 10 * k % 256, np.uint8))
+  writer.release()
+  return path
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+  return _write(tmp_path_factory.mktemp("video") / "grey.mp4", 24)
+
+
+def test_probe(grey):
+  assert video.probe(grey) == video.VideoInfo(24, 10.0, 48, 32, 2.4)
+
+
+def test_reads_all_frames_with_times(grey):
+  frames, time_s = video.read_frames(grey)
+  assert frames.shape == (24, 32, 48, 3) and frames.dtype == np.uint8
+  np.testing.assert_allclose(time_s, np.arange(24) / 10, atol=1e-9)
+  np.testing.assert_allclose(
+      frames.mean(axis=(1, 2, 3)), 10 * np.arange(24), atol=4.9
+  )
+
+
+def test_index_in_any_order_and_repeated(grey):
+  everything, _ = video.read_frames(grey)
+  frames, time_s = video.read_frames(grey, np.array([20, 3, 20, 0]))
+  np.testing.assert_array_equal(frames, everything[[20, 3, 20, 0]])
+  np.testing.assert_allclose(time_s, [2.0, 0.3, 2.0, 0.0], atol=1e-9)
+
+
+def test_frames_are_rgb(tmp_path):
+  path = tmp_path / "red.mp4"
+  writer = cv2.VideoWriter(
+      str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (32, 32)
+  )
+  for _ in range(3):
+    writer.write(np.full((32, 32, 3), (20, 30, 220), np.uint8))  # BGR
+  writer.release()
+  frames, _ = video.read_frames(path)
+  np.testing.assert_allclose(frames[0, 16, 16], (220, 30, 20), atol=8)
+
+
+def test_scan_takes_the_middles_of_equal_parts(grey):
+  scan = video.scan_frames(grey, 8, (16, 24))
+  np.testing.assert_array_equal(
+      scan.frame_index, [1, 4, 7, 10, 13, 16, 19, 22]
+  )
+  assert scan.frame_index.dtype == np.int32 and scan.mask.all()
+  np.testing.assert_allclose(scan.time_s, scan.frame_index / 10, atol=1e-9)
+  frames, _ = video.read_frames(grey, scan.frame_index, (16, 24))
+  np.testing.assert_array_equal(scan.frames, frames)
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 9, 100, 5402])
+@pytest.mark.parametrize("num", [1, 8, 96])
+def test_spread_is_the_stated_formula(count, num):
+  expected = [int((k + 0.5) * count / num) for k in range(num)]
+  if count <= num:
+    expected = range(count)
+  np.testing.assert_array_equal(video.spread(count, num), list(expected))
+
+
+def test_scan_of_a_short_video_is_masked(grey):
+  scan = video.scan_frames(grey, 30, (16, 16))
+  assert scan.num_frames == 24 and scan.mask.sum() == 24
+  np.testing.assert_array_equal(scan.frame_index[:24], np.arange(24))
+  assert not scan.frames[24:].any() and not scan.frame_index[24:].any()
+
+
+def test_one_frame(tmp_path):
+  path = _write(tmp_path / "one.mp4", 1)
+  scan = video.scan_frames(path, 4, (16, 16))
+  np.testing.assert_array_equal(scan.mask, [True, False, False, False])
+  assert scan.time_s[0] == 0
+
+
+def test_seeking_gives_the_frames_of_decoding_through(tmp_path, monkeypatch):
+  path = tmp_path / "long.mp4"
+  writer = cv2.VideoWriter(
+      str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (32, 32)
+  )
+  rng = np.random.default_rng(0)
+  for picture in rng.integers(0, 256, (90, 32, 32, 3), dtype=np.uint8):
+    writer.write(picture)
+  writer.release()
+  index = np.array([2, 40, 41, 77, 89])
+  through = video.read_frames(path, index)
+  scan = video.scan_frames(path, 5, (32, 32))
+  monkeypatch.setattr(video, "_SEEK_FRAMES", 10)
+  sought = video.read_frames(path, index)
+  np.testing.assert_array_equal(through[0], sought[0])
+  np.testing.assert_array_equal(through[1], sought[1])
+  again = video.scan_frames(path, 5, (32, 32))
+  np.testing.assert_array_equal(scan.frames, again.frames)
+  assert again.num_frames == 90
+
+
+def test_missing_and_folder(tmp_path):
+  with pytest.raises(video.VideoError, match=r"no_such.mp4: there is no such"):
+    video.probe(tmp_path / "no_such.mp4")
+  with pytest.raises(video.VideoError, match="is a folder"):
+    video.scan_frames(tmp_path, 4, (16, 16))
+
+
+def test_empty_text_and_truncated(tmp_path, grey):
+  path = tmp_path / "empty.mp4"
+  path.touch()
+  with pytest.raises(video.VideoError, match=r"empty.mp4: the file is empty"):
+    video.read_frames(path)
+  path = tmp_path / "text.mp4"
+  path.write_text("this is not a video\n" * 50)
+  with pytest.raises(video.VideoError, match=r"text.mp4: not a video"):
+    video.scan_frames(path, 4, (16, 16))
+  path = tmp_path / "cut.mp4"
+  path.write_bytes(grey.read_bytes()[:600])
+  with pytest.raises(video.VideoError, match=r"cut.mp4: not a video"):
+    video.probe(path)
+
+
+def test_data_that_ends_before_the_header_says(tmp_path):
+  whole = _write(tmp_path / "whole.avi", 60, fourcc="MJPG")
+  path = tmp_path / "short.avi"
+  data = whole.read_bytes()
+  path.write_bytes(data[: len(data) // 2])
+  with pytest.raises(video.VideoError, match=r"short.avi.*(cut short|decoded)"):
+    video.scan_frames(path, 60, (16, 16))
+
+
+def test_frame_beyond_the_end(grey):
+  with pytest.raises(video.VideoError, match="frame 24 cannot be decoded"):
+    video.read_frames(grey, np.array([3, 24]))
+  with pytest.raises(video.VideoError, match="at least 0"):
+    video.read_frames(grey, np.array([-1]))
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        ((480, 854), {}, (476, 840)),  # 17.1 and 30.5 squares: halves to even
+        ((100, 100), {}, (112, 112)),  # 3.57 squares round to 4
+        ((20, 20), {}, (56, 56)),  # up to the smallest area
+        ((1080, 1920), {"max_pixels": 200 * 28 * 28}, (280, 504)),
+        ((28, 2800), {}, (28, 2800)),
+    ],
+)
+def test_smart_resize_by_hand(size, limits, expected):
+  assert video.smart_resize(*size, **limits) == expected
+
+
+def test_smart_resize_refuses_a_thread():
+  with pytest.raises(ValueError, match="ratio of at most 200"):
+    video.smart_resize(10, 2010)
+
+
+@needs_data
+def test_times_of_a_real_file_with_two_streams():
+  path = DATA / "nasa_13013.mp4"
+  truth = json.loads(
+      (DATA / "nasa_13013.mp4.stream0.all_frames_info.json").read_text()
+  )
+  frames, time_s = video.read_frames(path, None, (16, 16))
+  assert len(frames) == len(truth) == 325
+  np.testing.assert_allclose(
+      time_s, [float(row["pts_time"]) for row in truth], atol=1e-5
+  )
+
+
+@needs_data
+def test_header_that_counts_too_many_frames():
+  scan = video.scan_frames(DATA / "tree.avi", 96, (16, 16))
+  assert scan.num_frames == scan.mask.sum() == 68
+  assert np.all(np.diff(scan.time_s[:68]) > 0)  # variable frame rate
+  assert scan.time_s[67] == pytest.approx(29.53, abs=0.01)
+
+
+@needs_data
+def test_rotation_metadata():
+  info = video.probe(DATA / "issue-134-rotate.mp4")
+  assert (info.height, info.width) == (1280, 544)

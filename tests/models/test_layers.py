@@ -1,0 +1,139 @@
+"""Attention and norm by hand, and where nothing may be attended to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax.models import layers
+
+JIT = pytest.mark.parametrize(
+    "transform", [jax.jit, lambda f: f], ids=["jit", "no_jit"]
+)
+
+
+def attend(query, key, value, mask):
+  return layers.attend(query, key, value, mask, implementation="xla")
+
+
+@JIT
+def test_rms_norm(transform):
+  norm = layers.RMSNorm(eps=1.0, param_dtype="float32")
+  scale = {"params": {"scale": jnp.array([1.0, 10.0])}}
+  # mean square of (1, 7) is 25, with eps 26
+  out = transform(norm.apply)(scale, jnp.array([[1.0, 7.0]]))
+  np.testing.assert_allclose(out, [[26**-0.5, 70 * 26**-0.5]], rtol=1e-6)
+
+
+def test_rms_norm_averages_bfloat16_in_float32():
+  norm = layers.RMSNorm(eps=1e-6, param_dtype="bfloat16")
+  x = jnp.full((1, 1000), 3.0, jnp.bfloat16).at[0, ::2].set(-3.0)
+  out = norm.apply({"params": {"scale": jnp.ones(1000, jnp.bfloat16)}}, x)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(jnp.abs(out.astype(jnp.float32)), 1.0)
+
+
+@JIT
+def test_attend_by_hand(transform):
+  # Width 4, so scores are q k / 2; 2 query heads share 1 key head.
+  query = jnp.zeros((1, 1, 2, 4)).at[0, 0, 1, 0].set(2 * np.log(3.0))
+  key = jnp.zeros((1, 3, 1, 4)).at[0, 0, 0, 0].set(1.0)
+  value = jnp.array([[8.0], [4.0], [100.0]]).reshape(1, 3, 1, 1)
+  value = jnp.broadcast_to(value, (1, 3, 1, 4))
+  mask = jnp.array([[[True, True, False]]])
+  out = transform(attend)(query, key, value, mask)
+  np.testing.assert_allclose(out[0, 0, 0], 6.0, rtol=1e-6)  # (1, 1) / 2
+  np.testing.assert_allclose(out[0, 0, 1], 7.0, rtol=1e-6)  # (3, 1) / 4
+
+
+def test_query_heads_read_neighbouring_key_heads():
+  query = jnp.ones((1, 1, 6, 2))
+  key = jnp.ones((1, 1, 3, 2))
+  value = jnp.arange(3.0)[None, None, :, None] * jnp.ones((1, 1, 3, 2))
+  out = attend(query, key, value, None)
+  np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 1, 1, 2, 2])
+
+
+@JIT
+def test_no_allowed_key_gives_zero_and_a_finite_gradient(transform):
+  rng = np.random.default_rng(0)
+  query, key, value = rng.normal(size=(3, 2, 3, 2, 4)).astype(np.float32)
+  mask = jnp.ones((2, 3, 3), bool).at[0, 1].set(False)
+
+  def total(query, key, value):
+    return jnp.sum(attend(query, key, value, mask) ** 2)
+
+  out = transform(attend)(query, key, value, mask)
+  np.testing.assert_array_equal(out[0, 1], 0)
+  grads = transform(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
+  assert all(np.isfinite(grad).all() for grad in grads)
+  np.testing.assert_array_equal(grads[0][0, 1], 0)
+
+
+def test_huge_scores_do_not_overflow():
+  query = jnp.full((1, 1, 1, 4), 1e4)
+  key = jnp.stack([query[0, 0], -query[0, 0]])[None]
+  out = attend(query, key, key, None)
+  np.testing.assert_allclose(out, query)
+
+
+@JIT
+@pytest.mark.parametrize("empty_prompt", [False, True])
+def test_shared_prefix_equals_one_long_row(transform, empty_prompt):
+  rng = np.random.default_rng(0)
+  rows, group, slots, num, heads, kv, width = 2, 3, 5, 4, 4, 2, 6
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  query = draw(rows, group, num, heads, width)
+  prefix = draw(2, rows, slots, kv, width)
+  own = draw(2, rows, group, num, kv, width)
+  prefix_mask = jnp.array([[True] * 5, [True] * 2 + [False] * 3])
+  if empty_prompt:
+    prefix_mask = prefix_mask.at[1].set(False)
+  own_mask = jnp.tril(jnp.ones((num, num), bool))[None, None]
+  # one completion has an empty row as well
+  own_mask = jnp.broadcast_to(own_mask, (rows, group, num, num))
+  own_mask = own_mask.at[1, 2, 0].set(False)
+
+  def shared(query, prefix, own):
+    return layers.attend_shared(
+        query, prefix[0], prefix[1], prefix_mask, own[0], own[1], own_mask,
+        implementation="xla",
+    )
+
+  def copied(query, prefix, own):
+    def join(a, b):
+      a = jnp.broadcast_to(a[:, None], (rows, group, *a.shape[1:]))
+      return jnp.concatenate([a, b], axis=2).reshape(-1, slots + num, kv, width)
+
+    mask = jnp.concatenate([
+        jnp.broadcast_to(
+            prefix_mask[:, None, None], (rows, group, num, slots)
+        ),
+        own_mask,
+    ], axis=-1)
+    out = attend(
+        query.reshape(-1, num, heads, width), join(prefix[0], own[0]),
+        join(prefix[1], own[1]), mask.reshape(-1, num, slots + num),
+    )
+    return out.reshape(query.shape)
+
+  args = (query, prefix, own)
+  np.testing.assert_allclose(
+      transform(shared)(*args), jax.jit(copied)(*args), atol=1e-6
+  )
+
+  def grads(f):
+    return jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(f(*args)))))(args)
+
+  for ours, expected in zip(grads(shared), grads(copied), strict=True):
+    assert np.isfinite(ours).all()
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_unknown_kernel():
+  x = jnp.zeros((1, 1, 1, 2))
+  with pytest.raises(ValueError, match=r"config\.model\.attention"):
+    layers.attend(x, x, x, None, implementation="magic")

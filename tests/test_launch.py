@@ -1,0 +1,403 @@
+"""The launch scripts, with a stand-in for Python, and the lock."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from packaging import requirements, version
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOOLS = (
+  "awk",
+  "bash",
+  "cat",
+  "cksum",
+  "cp",
+  "df",
+  "dirname",
+  "grep",
+  "head",
+  "ls",
+  "mkdir",
+  "mv",
+  "rm",
+  "sed",
+  "tail",
+  "tee",
+  "touch",
+)
+
+# Behaves like Python for what setup.sh asks of it and logs what was done.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
+self="$0"
+version="$(cat "$self.version")"
+case "$*" in
+  --version) echo "Python $version" ;;
+  *base_prefix*) echo "$version /somewhere" ;;
+  *version_info*) [[ "$version" != 3.[0-9].* && "$version" != 3.10.* ]] ;;
+  *ensurepip*) [[ "${FAKE_VENV:-}" != missing ]] ;;
+  "-m venv --clear "*)
+    echo "venv $version" >>"$FAKE_LOG"
+    rm -rf "$4"; mkdir -p "$4/bin"
+    touch "$4/pyvenv.cfg"
+    cp "$self" "$4/bin/python"; cp "$self.version" "$4/bin/python.version" ;;
+  "-m pip --version") ;;
+  "-m pip install "*)
+    echo "install" >>"$FAKE_LOG"
+    printf '%s\n' "${FAKE_PIP_SAYS:-Collecting numpy}"
+    exit "${FAKE_PIP_EXIT:-0}" ;;
+  "-m cf_jax.main"*)
+    shift 2
+    printf 'main in %s:' "$PWD"; printf ' <%s>' "$@"; echo
+    exit "${FAKE_MAIN_EXIT:-0}" ;;
+  *) echo "ran: $*" ;;
+esac
+"""
+
+
+class Machine:
+  """A checkout's launch folder and a PATH with nothing but basic tools."""
+
+  def __init__(self, folder):
+    self.repo = folder / "my repo"  # a space, as in many a home
+    self.bin = folder / "bin"
+    self.log = folder / "log"
+    self.bin.mkdir()
+    shutil.copytree(ROOT / "launch", self.repo / "launch")
+    (self.repo / "requirements.lock").write_text("numpy==2.4.6 --hash=x\n")
+    for tool in TOOLS:
+      (self.bin / tool).symlink_to(shutil.which(tool))
+
+  def add_python(self, version_text, name="python3"):
+    path = self.bin / name
+    path.write_text(FAKE_PYTHON)
+    path.chmod(0o755)
+    (self.bin / f"{name}.version").write_text(version_text)
+
+  def run(self, *arguments, script="run.sh", cwd="/", **env):
+    self.log.write_text("")
+    return subprocess.run(
+      [self.bin / "bash", self.repo / "launch" / script, *arguments],
+      capture_output=True,
+      text=True,
+      cwd=cwd,
+      timeout=60,
+      env={
+        "PATH": str(self.bin),
+        "HOME": str(self.bin),
+        "FAKE_LOG": str(self.log),
+      }
+      | env,
+    )
+
+  def done(self):
+    return self.log.read_text().split("\n")[:-1]
+
+
+@pytest.fixture
+def machine(tmp_path):
+  return Machine(tmp_path)
+
+
+def one_sentence(ran):
+  assert ran.returncode == 1, ran.stdout + ran.stderr
+  (line,) = ran.stderr.splitlines()
+  assert line.startswith("error: ") and line.endswith(".") or "bash" in line
+  return line
+
+
+# ------------------------------------------------------------ what goes well
+
+
+def test_without_arguments_the_small_run_starts(machine):
+  machine.add_python("3.11.2")
+  ran = machine.run()
+  assert ran.returncode == 0, ran.stderr
+  assert ran.stdout.splitlines()[-1] == (
+    f"main in {machine.repo}: <--config=configs/kfgrpo_cpu.py>"
+    " <--workdir=runs/kfgrpo_cpu>"
+  )
+  assert machine.done() == ["venv 3.11.2", "install"]
+  assert "-m pip install --require-hashes -r requirements.lock" in ran.stdout
+
+
+def test_arguments_replace_the_defaults(machine, tmp_path):
+  machine.add_python("3.11.2")
+  ran = machine.run("--config=a b.py", "--x=*", cwd=tmp_path)
+  assert ran.stdout.endswith(
+    f"main in {machine.repo}: <--config=a b.py> <--x=*>\n"
+  )
+
+
+def test_the_programs_exit_status_is_passed_on(machine):
+  machine.add_python("3.11.2")
+  assert machine.run(FAKE_MAIN_EXIT="3").returncode == 3
+
+
+def test_it_installs_only_when_something_changed(machine):
+  machine.add_python("3.11.2")
+  machine.run()
+  machine.run()
+  assert machine.done() == []
+  (machine.repo / "requirements.lock").write_text("numpy==2.4.7 --hash=y\n")
+  machine.run()
+  assert machine.done() == ["install"]
+  machine.run()
+  assert machine.done() == []
+
+
+def test_an_interrupted_installation_is_taken_up_again(machine):
+  machine.add_python("3.11.2")
+  assert machine.run(FAKE_PIP_EXIT="1").returncode == 1
+  assert machine.run().returncode == 0
+  assert machine.done() == ["install"]
+
+
+def test_another_interpreter_makes_the_environment_anew(machine):
+  machine.add_python("3.11.2")
+  machine.add_python("3.12.1", "python3.12")
+  machine.run()
+  ran = machine.run(PYTHON="python3.12")
+  assert machine.done() == ["venv 3.12.1", "install"]
+  assert "another Python" in ran.stdout
+  machine.run(PYTHON="python3.12")
+  assert machine.done() == []
+  machine.run()  # no wish: the environment that is there serves
+  assert machine.done() == []
+  machine.run(PYTHON="python3")
+  assert machine.done() == ["venv 3.11.2", "install"]
+
+
+def test_two_environments_can_stand_side_by_side(machine):
+  machine.add_python("3.11.2")
+  machine.add_python("3.12.1", "python3.12")
+  machine.run()
+  machine.run(PYTHON="python3.12", VENV=".venv-3.12")
+  assert machine.done() == ["venv 3.12.1", "install"]
+  machine.run()
+  assert machine.done() == []
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(machine):
+  machine.add_python("3.11.2")
+  machine.run()
+  (machine.repo / ".venv" / "bin" / "python").unlink()
+  machine.run()
+  assert machine.done() == ["venv 3.11.2", "install"]
+
+
+def test_an_old_python3_is_passed_over_for_a_newer_one(machine):
+  machine.add_python("3.9.2")
+  machine.add_python("3.12.1", "python3.12")
+  assert machine.run().returncode == 0
+  assert machine.done() == ["venv 3.12.1", "install"]
+
+
+def test_a_pyenv_shim_that_is_switched_off_is_resolved(machine):
+  shim = machine.bin / "python3.12"
+  shim.write_text(
+    "#!/usr/bin/env bash\necho 'pyenv: not found' >&2; exit 127\n"
+  )
+  shim.chmod(0o755)
+  versions = machine.bin / ".pyenv" / "versions" / "3.12.1" / "bin"
+  versions.mkdir(parents=True)
+  machine.add_python("3.12.1", versions / "python3.12")
+  ran = machine.run(PYTHON="python3.12")
+  assert ran.returncode == 0, ran.stderr
+  assert machine.done() == ["venv 3.12.1", "install"]
+
+
+def test_tests_run_after_lint(machine):
+  machine.add_python("3.11.2")
+  ran = machine.run("tests/test_a.py", "-k", "x", script="test.sh")
+  assert ran.returncode == 0, ran.stderr
+  lines = [x for x in ran.stdout.splitlines() if x.startswith("ran:")]
+  assert lines == [
+    "ran: -m ruff check .",
+    "ran: -m ruff format --check .",
+    "ran: -m pytest -q -n 2 --dist=loadfile tests/test_a.py -k x",
+  ]
+
+
+def test_ci_calls_the_test_script_and_nothing_else():
+  commands = [
+    line
+    for line in (ROOT / ".ci" / "run").read_text().splitlines()
+    if line and not line.startswith("#")
+  ]
+  assert len(commands) == 1 and commands[0].startswith("exec bash ")
+  assert commands[0].endswith('launch/test.sh"')
+  assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# ------------------------------------------------------------ what goes wrong
+
+
+def test_no_python(machine):
+  assert "no Python found" in one_sentence(machine.run())
+
+
+def test_an_old_python(machine):
+  machine.add_python("3.9.2")
+  line = one_sentence(machine.run())
+  assert "python3 is Python 3.9.2" in line and "3.11 or newer" in line
+
+
+def test_a_named_python_that_is_old_or_absent_or_broken(machine):
+  machine.add_python("3.11.2")
+  machine.add_python("3.10.4", "python3.10")
+  line = one_sentence(machine.run(PYTHON="python3.10"))
+  assert "PYTHON=python3.10 is Python 3.10.4" in line
+  line = one_sentence(machine.run(PYTHON="python3.99"))
+  assert "PYTHON=python3.99 is not a program" in line
+  broken = machine.bin / "python3.12"
+  broken.write_text("#!/usr/bin/env bash\necho 'pyenv: no' >&2; exit 127\n")
+  broken.chmod(0o755)
+  line = one_sentence(machine.run(PYTHON="python3.12"))
+  assert "does not run (pyenv: no)" in line
+  assert machine.done() == []
+
+
+def test_no_venv_module(machine):
+  machine.add_python("3.11.2")
+  line = one_sentence(machine.run(FAKE_VENV="missing"))
+  assert "apt install python3-venv" in line
+
+
+def test_no_room_before_installing(machine):
+  machine.add_python("3.11.2")
+  df = machine.bin / "df"
+  df.unlink()
+  df.write_text(
+    "#!/usr/bin/env bash\n"
+    "echo 'Filesystem 1024-blocks Used Available Capacity Mounted'\n"
+    "echo '/dev/x 9000000 8700000 300000 97% /'\n"
+  )
+  df.chmod(0o755)
+  line = one_sentence(machine.run())
+  assert "300 MB are free, 2000 MB are needed" in line
+  assert machine.done() == []
+
+
+@pytest.mark.parametrize(
+  "said, words",
+  [
+    (
+      "ERROR: Could not install packages due to an OSError: [Errno 28] No space"
+      " left on device",
+      "the disk ran full",
+    ),
+    (
+      "WARNING: Retrying after connection broken by 'NewConnectionError(...):"
+      " Temporary failure in name resolution'\nERROR: No matching distribution"
+      " found for numpy==2.4.6",
+      "check the network",
+    ),
+    (
+      "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE FILE",
+      "does not match its hash",
+    ),
+    (
+      "ERROR: No matching distribution found for numpy==2.4.6",
+      "No matching distribution found for numpy==2.4.6 on Python 3.11.2",
+    ),
+    ("ERROR: something else", "could not be installed: ERROR: something else"),
+  ],
+)
+def test_pip_fails(machine, said, words):
+  machine.add_python("3.11.2")
+  line = one_sentence(machine.run(FAKE_PIP_SAYS=said, FAKE_PIP_EXIT="1"))
+  assert words in line
+  assert (machine.repo / ".venv" / "install.log").read_text() == said + "\n"
+
+
+def test_a_folder_that_is_no_environment_is_never_emptied(machine):
+  machine.add_python("3.11.2")
+  kept = machine.repo / "precious" / "file"
+  kept.parent.mkdir()
+  kept.write_text("mine")
+  line = one_sentence(machine.run(VENV="precious"))
+  assert "precious is not a virtual environment" in line
+  assert kept.read_text() == "mine"
+
+
+def test_a_checkout_without_lock(machine):
+  machine.add_python("3.11.2")
+  (machine.repo / "requirements.lock").unlink()
+  assert "requirements.lock is missing" in one_sentence(machine.run())
+
+
+# ------------------------------------------------------------------- the lock
+
+
+def locked():
+  """name -> (requirement, number of hashes) of requirements.lock."""
+  text = (ROOT / "requirements.lock").read_text()
+  found = {}
+  for block in re.split(r"\n(?=[A-Za-z0-9])", text.replace("\\\n", " ")):
+    line = block.split("\n")[0]
+    if not line.startswith("#"):
+      pin = requirements.Requirement(line.split("--hash")[0].strip())
+      found[canonical(pin.name)] = (pin, line.count("--hash=sha256:"))
+  return found
+
+
+def canonical(name):
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def wanted():
+  import tomllib
+
+  settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+  lines = (ROOT / "requirements.txt").read_text().splitlines()
+  lines = [line.split("#")[0].strip() for line in lines]
+  return [
+    requirements.Requirement(line)
+    for line in lines + settings["project"]["optional-dependencies"]["dev"]
+    if line
+  ]
+
+
+def test_every_pin_is_exact_and_hashed():
+  pins = locked()
+  assert len(pins) > 50
+  for name, (pin, hashes) in pins.items():
+    (spec,) = pin.specifier
+    assert spec.operator == "==" and hashes > 0, name
+
+
+@pytest.mark.parametrize("requirement", wanted(), ids=lambda r: r.name)
+def test_the_lock_covers_the_direct_requirements(requirement):
+  assert requirement.specifier, f"{requirement.name} has no bound"
+  pin, _ = locked()[canonical(requirement.name)]
+  (spec,) = pin.specifier
+  assert requirement.specifier.contains(spec.version)
+  for python in ("3.11", "3.12"):
+    assert pin.marker is None or pin.marker.evaluate(
+      {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+      }
+    )
+
+
+def test_the_lock_names_no_index():
+  text = (ROOT / "requirements.lock").read_text()
+  assert not re.search(r"https?://|file:|--index-url|--find-links", text)
+
+
+def test_this_python_is_one_of_the_supported():
+  assert version.Version(".".join(map(str, sys.version_info[:2]))) >= (
+    version.Version("3.11")
+  )
+
+
+@pytest.mark.parametrize("name", ["run.sh", "test.sh", "setup.sh"])
+def test_scripts_parse(name):
+  subprocess.run(["bash", "-n", ROOT / "launch" / name], check=True)

@@ -1,0 +1,266 @@
+"""The page of a run and the film strip of a video."""
+
+import html.parser
+import json
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from cf_jax import report
+from cf_jax.runtime import telemetry
+
+NASTY = '</pre><script>alert("x")</script> & <img src=http://x.example/a.png>'
+
+
+class Page(html.parser.HTMLParser):
+  """Tags, attributes and text of a page; checks that tags are balanced."""
+
+  VOID = ("meta", "img", "br")
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.links, self.words, self._open = [], [], [], []
+    self.feed(text)
+    self.close()
+    assert not self._open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.links += [value for key, value in attrs if key in ("src", "href")]
+    if tag not in self.VOID:
+      self._open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+
+def strip(path, *, count=4, shown=4, size=(8, 12), **settings):
+  frames = np.zeros((count, *size, 3), np.uint8)
+  time_s = np.arange(16) / 4
+  defaults = {
+    "uniform_frames": frames,
+    "uniform_s": np.linspace(0.5, 3.5, count),
+    "tad_frames": frames[:shown],
+    "tad_s": np.linspace(0.2, 3.0, shown),
+    "score": np.sin(time_s) ** 2,
+    "time_s": time_s,
+    "apex": np.arange(16) == 6,
+  }
+  return report.film_strip(path, **(defaults | settings))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  with telemetry.MetricWriter(tmp_path, resume={}) as writer:
+    for step in (1, 2, 3):
+      writer.write(
+        step,
+        "sft",
+        {
+          "loss": 1.0 / step,
+          "dev_accuracy": 0.2 * step,
+          "time/update_s": 0.1,
+        },
+      )
+    for step in (1, 2):
+      writer.write(
+        step,
+        "rl",
+        {
+          "reward/mean": 0.5,
+          "reward/accuracy": 0.5,
+          "bonus/temporal": 0.1,
+          "kl": None,
+          "time/rollout_s": 0.4,
+          "time/step_s": 0.7,
+        },
+      )
+      writer.write_rollouts(
+        step,
+        "rl",
+        [
+          {
+            "sample_id": "v",
+            "task": "order",
+            "prompt": NASTY,
+            "completion": f"{NASTY} {good}",
+            "answer": 0,
+            "rewards": {"accuracy": good, "total": good},
+            "keyframe_s": [0.5, 2.25],
+          }
+          for good in (0.0, 1.0)
+        ],
+      )
+  rows = [
+    {
+      "stage": stage,
+      "view": view,
+      "task": task,
+      "accuracy": 0.5,
+      "count": 40,
+      "low": 0.35,
+      "high": 0.65,
+    }
+    for stage in ("sft", "rl")
+    for view in ("keyframes", "uniform", "<new>")
+    for task in ("needle", "all")
+  ]
+  telemetry.write_json(
+    tmp_path / "results.json",
+    {
+      "chance": {"needle": 0.25, "all": 0.3},
+      "evaluations": rows,
+      "probes": {
+        "blind_policy": {
+          "accuracy": 0.26,
+          "chance": 0.25,
+          "half_interval": 0.05,
+        },
+        "pixel_change": {
+          "accuracy": 0.6,
+          "chance": 0.25,
+          "half_interval": 0.05,
+        },
+      },
+      "timing": {"this_start_s": 75.0},
+      "goals": [{"name": "gain", "value": 12.0, "goal": 10.0, "met": True}],
+    },
+  )
+  telemetry.write_manifest(
+    tmp_path,
+    config={"name": "tiny", "tad": {"num_keyframes": 8}},
+    seed=7,
+    data_hash="3f9a",
+    argv=["main"],
+  )
+  strip(tmp_path / "film_strips" / "v.png", about={"question": NASTY})
+  return tmp_path
+
+
+def test_the_page_is_one_file_without_scripts_or_links_outside(workdir):
+  path = report.write_report(workdir)
+  page = Page(path.read_text("utf-8"))
+  assert path == workdir / "report.html"
+  assert "script" not in page.tags and "link" not in page.tags
+  assert page.links and all(link.startswith("data:") for link in page.links)
+  assert "url(" not in path.read_text("utf-8")
+
+
+def test_text_of_the_run_is_escaped_and_shown_as_it_was(workdir):
+  page = Page(report.write_report(workdir).read_text("utf-8"))
+  words = "".join(page.words)
+  assert words.count(NASTY) >= 4  # prompts, completions, the strip's question
+  assert "<new>" in words
+
+
+def test_the_page_shows_results_probes_times_and_settings(workdir):
+  text = report.write_report(workdir).read_text("utf-8")
+  words = " ".join(Page(text).words)
+  for wanted in (
+    "+12.0",
+    "goal met",
+    "50.0 → 50.0",
+    "needle (n = 40)",
+    "TAD keyframes",
+    "blind policy",
+    "at chance",
+    "not at chance",
+    "0.400 s",
+    "1:15",
+    "tad.num_keyframes",
+    "3f9a",
+    "keyframes at 0.5, 2.2 s",
+    "answer: 0",
+  ):
+    assert wanted in words, wanted
+  assert len(re.findall("image/svg", text)) == 7  # five curves, two tasks
+  assert len(re.findall("image/png", text)) == 1
+
+
+def test_the_same_run_gives_the_same_page(workdir):
+  first = report.write_report(workdir).read_bytes()
+  assert report.write_report(workdir).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+  "left",
+  [
+    "metrics.jsonl",
+    "results.json",
+    "rollouts.jsonl",
+    "manifest.json",
+    "film_strips",
+  ],
+)
+def test_a_part_of_a_run_has_a_page(workdir, left):
+  for name in (
+    "metrics.jsonl",
+    "results.json",
+    "rollouts.jsonl",
+    "manifest.json",
+  ):
+    if name != left:
+      (workdir / name).unlink()
+  if left != "film_strips":
+    (workdir / "film_strips" / "v.png").unlink()
+  text = report.write_report(workdir).read_text("utf-8")
+  assert len(Page(text).tags) > 10 and "<section>" in text
+
+
+def test_an_empty_folder_is_an_error_that_names_the_setting(tmp_path):
+  with pytest.raises(ValueError, match="--workdir"):
+    report.write_report(tmp_path)
+
+
+def test_a_long_completion_is_cut_and_says_so(workdir):
+  with telemetry.MetricWriter(workdir, resume={}) as writer:
+    writer.write_rollouts(1, "rl", [{"prompt": "p", "completion": "y" * 9000}])
+  text = report.write_report(workdir).read_text("utf-8")
+  assert "(7500 more characters)" in text and "y" * 1501 not in text
+
+
+def test_running_mean_by_hand():
+  mean = report._running_mean(np.array([0.0, 3.0, 6.0, 9.0]), 3)
+  np.testing.assert_allclose(mean, [1.5, 3.0, 6.0, 7.5])
+  np.testing.assert_allclose(
+    report._running_mean(np.array([1.0, 2.0]), 1), [1.0, 2.0]
+  )
+
+
+def test_film_strip_marks_frames_of_events(tmp_path):
+  amber = np.array([0xE8, 0xA3, 0x3D]) / 255
+
+  def count(name, events):
+    path = strip(tmp_path / name, events=events)
+    picture = matplotlib.image.imread(path)[..., :3]
+    return int((np.abs(picture - amber).max(-1) < 0.02).sum())
+
+  none = count("none.png", ())
+  assert none == 0
+  assert count("one.png", [(0.4, 0.6, "disc")]) > 500
+  about = tmp_path / "about.png"
+  strip(about, about={"answer": "B"})
+  assert json.loads((tmp_path / "about.json").read_text()) == {"answer": "B"}
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"shown": 2},  # a video with fewer real frames than K
+    {"count": 1, "shown": 1},
+    {"size": (20, 8)},
+    {"score": np.zeros(16), "apex": np.zeros(16, bool)},
+  ],
+)
+def test_film_strip_draws_odd_videos(tmp_path, settings):
+  assert strip(tmp_path / "a.png", **settings).stat().st_size > 5000
+
+
+def test_film_strip_refuses_unequal_lengths(tmp_path):
+  with pytest.raises(ValueError, match="tad_frames 4, tad_s 3"):
+    strip(tmp_path / "a.png", tad_s=[0.0, 1.0, 2.0])
