@@ -9,6 +9,7 @@ import importlib
 import os
 import pathlib
 import re
+import runpy
 import sys
 
 from absl import app, flags, logging
@@ -36,6 +37,15 @@ def _leaves(config, prefix="") -> list[str]:
   return keys
 
 
+def _config_path(argv: list[str]) -> str | None:
+  """What `--config=PATH` or `--config PATH` names, if it is there."""
+  for entry, following in zip(argv, [*argv[1:], None], strict=True):
+    name, equals, value = entry.partition("=")
+    if name in ("--config", "-config"):
+      return value if equals else following
+  return None
+
+
 def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
   """One sentence for a misspelt `--config.x.y`, with the nearest right key.
 
@@ -46,17 +56,19 @@ def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
   Returns:
     The sentence, or None where the error is about something else.
   """
-  given = [
-      re.match(r"--?config\.([\w.\[\]]+)", arg) for arg in argv
-  ]
-  path = next(
-      (re.match(r"--?config[= ](.+)", a).group(1) for a in argv
-       if re.match(r"--?config[= ]", a)), None,
-  )
+  path = _config_path(argv)
   if path is None:
     return None
-  loader = config_flags.config_flags._ConfigFileParser(name="config")
-  config = loader.parse(path)
+  file, colon, arg = path.partition(":")
+  if not os.path.isfile(file):
+    return f"--config: there is no file {file!r}"
+  try:  # the flag would put a traceback into the message
+    config = runpy.run_path(file)["get_config"](*([arg] if colon else []))
+  except ValueError as wrong_argument:
+    return str(wrong_argument)
+  given = [
+      re.match(r"--?config\.([\w.\[\]]+)", entry) for entry in argv
+  ]
   known = _leaves(config)
   for match in given:
     if match and match.group(1) not in known:
@@ -70,17 +82,21 @@ def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
 
 
 def run(argv: list[str]) -> None:
-  """Dispatches on `config.program`."""
+  """Dispatches on `config.program`.
+
+  Raises:
+    ValueError: something that the user can put right.
+  """
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    raise ValueError(f"unexpected arguments {argv[1:]}")
   if _CONFIG.value is None:
-    raise app.UsageError(
+    raise ValueError(
         "--config is missing; try --config=configs/kfgrpo_cpu.py"
     )
   config = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
   if config.program not in PROGRAMS:
-    raise app.UsageError(
+    raise ValueError(
         f"config.program must be one of {PROGRAMS}, got {config.program!r}"
     )
   import jax  # after flags, so that a misspelt key answers at once
@@ -96,9 +112,16 @@ def run(argv: list[str]) -> None:
   program.run(config, workdir)
 
 
+def _own_or_warning(record) -> bool:
+  """Libraries that log through absl too are heard from warnings on."""
+  own = str(pathlib.Path(__file__).parent)
+  return record.levelno >= 30 or record.pathname.startswith(own)
+
+
 def main() -> None:
   """Entry point: user errors become one sentence and exit code 2."""
   logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_own_or_warning)
   try:
     app.run(run, flags_parser=_parse)
   except ValueError as error:
@@ -109,8 +132,12 @@ def main() -> None:
 
 def _parse(argv):
   try:
-    return flags.FLAGS(argv)
-  except (AttributeError, KeyError, flags.Error) as error:
+    arguments = flags.FLAGS(argv)
+    path = _config_path(argv)
+    if path is not None and not os.path.isfile(path.partition(":")[0]):
+      raise FileNotFoundError(path)  # the flag would tell at its first use
+    return arguments
+  except (AttributeError, KeyError, OSError, flags.Error) as error:
     sentence = explain_flag_error(error, argv)
     print(f"error: {sentence or error}", file=sys.stderr)
     sys.exit(2)

@@ -81,14 +81,15 @@ def _count(num_frames: int, mask: Array | None) -> Array:
 
 def _require_finite(embedding: Array, mask: Array | None) -> None:
   """Raises on NaN or inf in a real frame; inside jit it can only wait."""
-  if isinstance(embedding, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+  if any(isinstance(x, jax.core.Tracer) for x in (embedding, mask)):
     return
-  bad = ~jnp.all(jnp.isfinite(embedding), axis=-1)
-  if mask is not None:
-    bad &= mask
-  if jnp.any(bad):
+  with jax.ensure_compile_time_eval():  # a constant of someone else's jit
+    bad = ~jnp.all(jnp.isfinite(embedding), axis=-1)
+    bad = bad if mask is None else bad & mask
+    number = int(jnp.sum(bad))
+  if number:
     raise ValueError(
-        f"embedding has NaN or inf in {int(jnp.sum(bad))} of {bad.size} frames;"
+        f"embedding has NaN or inf in {number} of {bad.size} frames;"
         " expected finite numbers in every real frame. Drop these frames with"
         " mask=False."
     )
@@ -167,13 +168,13 @@ def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
   """Distance of two vectors from their dot product and squared norms."""
   if metric == "cosine":
     norm = before * after
-    positive = norm > 0
-    root = jnp.sqrt(jnp.where(positive, norm, 1))
-    return jnp.where(positive, jnp.maximum(1 - dot / root, 0), 0)
+    empty = norm == 0  # not norm > 0, which would hide a NaN
+    root = jnp.sqrt(jnp.where(empty, 1, norm))
+    return jnp.where(empty, 0, jnp.maximum(1 - dot / root, 0))
   total = before + after
-  square = (total - 2 * dot) / jnp.where(total > 0, total, 1)
-  apart = square > 0
-  return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
+  square = (total - 2 * dot) / jnp.where(total == 0, 1, total)
+  equal = square <= 0
+  return jnp.where(equal, 0, jnp.sqrt(jnp.where(equal, 1, square)))
 
 
 def _variation(
@@ -207,7 +208,11 @@ def _variation(
     total += _distance(dot, square[start:-scale], square[lead:], metric)
   inside = (time > 0) & (time < count)
   score = jnp.where(inside, total / len(scales), 0)
-  return _smooth(score, inside, smoothing) if smoothing else score
+  if smoothing:
+    score = _smooth(score, inside, smoothing)
+  # One broken frame breaks the statistics of its video: say so everywhere.
+  broken = jnp.any(jnp.isnan(score))
+  return jnp.where(inside & broken, jnp.nan, score)
 
 
 def _smooth(value: Array, inside: Array, width: float) -> Array:
@@ -312,21 +317,21 @@ def _keep_apart(peak: Array, value: Array, min_gap: int) -> Array:
   """
   if min_gap <= 1:
     return peak
-  size = value.shape[0]
-  reach = min(min_gap, size) - 1
-  rank = jnp.argsort(jnp.argsort(-value, stable=True), stable=True)
-  rank = size - rank  # distinct, highest value first, 1 and up
+  reach = max(1, min(min_gap, value.shape[0]) - 1)
 
-  def spread(level):  # the maximum over the neighbourhood
+  def highest(level, before, after):  # among so many places on either side
+    window = (before + after + 1,)
     return jax.lax.reduce_window(
-        level, 0, jax.lax.max, (2 * reach + 1,), (1,), ((reach, reach),)
+        level, -jnp.inf, jax.lax.max, window, (1,), ((before, after),)
     )
 
   def settle(state):
     alive, kept = state
-    level = jnp.where(alive, rank, 0)
-    winner = alive & (level == spread(level))
-    near = spread(winner.astype(rank.dtype)) > 0
+    level = jnp.where(alive, value, -jnp.inf)
+    earlier = _shift(highest(level, reach - 1, 0), -1)
+    earlier = earlier.at[0].set(-jnp.inf)
+    winner = alive & (level > earlier) & (level >= highest(level, 0, reach))
+    near = highest(winner.astype(value.dtype), reach, reach) > 0
     return alive & ~near, kept | winner
 
   start = (peak, jnp.zeros_like(peak))
@@ -350,8 +355,8 @@ def _inflections(
   deviation = _masked_median(jnp.abs(value - middle), inside)
   top = jnp.max(jnp.where(inside, value, 0))
   low = jnp.min(jnp.where(inside, value, jnp.inf))
-  tiny = jnp.finfo(value.dtype).tiny
-  unit = jnp.maximum(jnp.maximum(deviation, 1e-3 * top), tiny)
+  # 1e-12: smaller curves are rounding, and its square still has a reciprocal.
+  unit = jnp.maximum(jnp.maximum(deviation, 1e-3 * top), 1e-12)
 
   fixed = jax.lax.stop_gradient(value)
   apex = _peaks(fixed, inside)
@@ -506,6 +511,7 @@ def _keep_novel(
   picture = steady[jnp.clip((start + end - 1) // 2, 0, size - 1)]
   norm = jnp.sqrt(jnp.sum(picture * picture, axis=1, keepdims=True))
   picture = picture / jnp.where(norm > 0, norm, 1)
+  apart = 1 - _dot(picture, picture.T)
 
   inner = (start > 0) & (start < count)
   opening = jnp.maximum(score[jnp.minimum(start, size - 1)], 0)
@@ -518,8 +524,7 @@ def _keep_novel(
     kept, distance = state
     merit = jnp.where(turn == 0, length, weight * distance)
     pick = jnp.argmax(jnp.where(kept | (length == 0), -1, merit))
-    away = 1 - jnp.sum(picture * picture[pick], axis=1)
-    return kept.at[pick].set(True), jnp.minimum(distance, away)
+    return kept.at[pick].set(True), jnp.minimum(distance, apart[pick])
 
   first = (jnp.zeros_like(length, bool), jnp.full_like(picture[:, 0], jnp.inf))
   kept, _ = jax.lax.fori_loop(0, num_keyframes, keep, first)
@@ -580,9 +585,9 @@ def _dot(weight: Array, feature: Array) -> Array:
 def _cosine(left: Array, right: Array) -> Array:
   """Cosine along the last axis; 0, with zero gradient, beside a zero vector."""
   norm = jnp.sum(left * left, -1) * jnp.sum(right * right, -1)
-  positive = norm > 0
-  root = jnp.sqrt(jnp.where(positive, norm, 1))
-  return jnp.where(positive, jnp.sum(left * right, -1) / root, 0)
+  empty = norm == 0
+  root = jnp.sqrt(jnp.where(empty, 1, norm))
+  return jnp.where(empty, 0, jnp.sum(left * right, -1) / root)
 
 
 def relevance_scores(embedding: Array, query: Array) -> Array:
@@ -766,9 +771,11 @@ def distill_keyframes(
 
   Priority: `score = w_v z(v) + w_a z(a) + w_q cos(f, query) + bonus`, z the
   masked standard score (std at least 1e-3) clipped to +-3. The best K - 1
-  apexes cut the video into segments. Each segment gets one frame, spare frames
+  apexes cut the video into segments; where there are more apexes, `crowded`
+  says which parts go without a frame. Each segment gets one frame, spare frames
   go one by one to the largest length / (frames so far) and split their segment
   evenly. Without any apex the frames are exactly those of `uniform_index`.
+  Saliency is the priority of the apex that opens the segment, over the highest.
 
   Args:
     embedding: float[T, E].
@@ -787,6 +794,10 @@ def distill_keyframes(
       either side and least flicker, in the central half; "medoid": most like
       the piece's mean, in the central half; "middle"; "first", after the cut;
       "apex", most variation. Query relevance and bonus are added.
+    crowded: with more than K - 1 apexes, "priority" merges what lies between
+      the lower ones; "novelty" cuts at up to 2K - 1 apexes and keeps the K
+      segments most unlike one another, weighed by their apexes. An event of a
+      few frames has two apexes, and losing either would lose the event.
     variation_weight: w_v.
     apex_weight: w_a.
     relevance_weight: w_q, used with a query only.
@@ -1014,6 +1025,7 @@ def select_keyframes(
     softness: of the soft strength.
     flat: range below which the curve counts as constant.
     shown: see `distill_keyframes`, as everything that follows.
+    crowded: "novelty" or "priority".
     variation_weight: w_v.
     apex_weight: w_a.
     relevance_weight: w_q.

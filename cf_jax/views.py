@@ -258,11 +258,13 @@ class ViewMaker:
         can_shuffle=num_valid >= 2,
     )
 
-  def count_tokens(self, sample: records.Sample) -> int:
-    """Slots of a sample's prompt with every keyframe slot in use."""
+  def count_tokens(
+      self, sample: records.Sample, *, duration_s: float
+  ) -> int:
+    """Most slots of a sample's prompt, for a video of `duration_s` seconds."""
     return prompts.count_tokens(
         self._tokenizer, sample.question, sample.options,
-        num_frames=self._num_keyframes, duration_s=99.0,
+        num_frames=self._num_keyframes, duration_s=duration_s,
         grid=self.merged_grid, **self._prompt,
     )
 

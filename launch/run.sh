@@ -14,6 +14,9 @@ if [[ $# -eq 0 ]]; then
   set -- --config=configs/kfgrpo_cpu.py --workdir=runs/kfgrpo_cpu
 fi
 set_up
+# Huge pages for the compiler's big temporary buffers: fresh memory is what a
+# step on a CPU waits for (docs/results.md).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 say "+ cd $ROOT"
 say "+ $VENV_PYTHON -m cf_jax.main $*"
 exec "$VENV_PYTHON" -m cf_jax.main "$@"

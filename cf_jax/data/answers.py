@@ -108,7 +108,9 @@ def read_choice(answer: str, options: Sequence[str]) -> int | None:
   """Number of the option an answer names, or None.
 
   Read are `B`, `B.`, `B:`, `B)`, `(B)`, `(B).`, each alone or followed by the
-  very text of that option.
+  very text of that option, and the very text of an option alone. Where options
+  are letters themselves a letter names the position; a text that two options
+  share names none.
 
   Args:
     answer: what stands between the answer tags.
@@ -116,16 +118,16 @@ def read_choice(answer: str, options: Sequence[str]) -> int | None:
   """
   answer = answer.strip()
   match = _CHOICE.match(answer)
-  if match is None:
-    return None
-  number = string.ascii_uppercase.index(match[1] or match[2])
-  if number >= len(options):
-    return None
-  rest = answer[match.end() :]
-  if not rest:
-    return number
-  same = rest[0].isspace() and _plain(rest) == _plain(options[number])
-  return number if same else None
+  if match is not None:
+    number = string.ascii_uppercase.index(match[1] or match[2])
+    rest = answer[match.end() :]
+    if number < len(options) and (
+        not rest
+        or rest[0].isspace() and _plain(rest) == _plain(options[number])
+    ):
+      return number
+  same = [n for n, option in enumerate(options) if option.strip() == answer]
+  return same[0] if len(same) == 1 else None
 
 
 def read_number(answer: str) -> float | None:

@@ -100,9 +100,8 @@ def shortcut_probes(
   }
   for task in dict.fromkeys(spec.task for spec in specs):
     rows = [n for n, spec in enumerate(specs) if spec.task == task]
-    # Halves of a task, so that each probe has rows on both sides.
-    half = np.arange(len(rows)) < len(rows) // 2
     some = [specs[n] for n in rows]
+    half = _halves(some)
     found[f"{task}: letter alone"] = _letter(some, half)
     found[f"{task}: question and options"] = _content(some, half)
     found[f"{task}: times alone"] = _times(some, half)
@@ -162,8 +161,10 @@ def _ridge(
 def _score(right: np.ndarray, video: np.ndarray, chance: float) -> Probe:
   """Accuracy over videos, and its standard error in place of the interval."""
   each = np.array([right[video == v].mean() for v in np.unique(video)])
-  # Guessing right on every video by luck must not give an empty interval.
-  spread = max(each.std(ddof=1), 0.5 * (chance * (1 - chance)) ** 0.5)
+  if len(each) == len(right):  # one guess a video: the spread of guessing
+    spread = (chance * (1 - chance)) ** 0.5
+  else:
+    spread = each.std(ddof=1)
   return Probe(float(each.mean()), chance, float(spread / len(each) ** 0.5))
 
 
@@ -208,6 +209,19 @@ def _position(feature, train, rng) -> Probe:
 def _answers(specs) -> tuple[np.ndarray, int]:
   answer = np.array([synthetic.LETTERS.index(s.answer) for s in specs])
   return answer, len(specs[0].options)
+
+
+def _halves(specs) -> np.ndarray:
+  """bool[n]: training rows, every answer evenly on both sides.
+
+  The whole set is balanced, so in halves drawn at random what is common in one
+  would be rare in the other, and a probe would fall below chance.
+  """
+  answer, _ = _answers(specs)
+  right = [spec.options[n] for spec, n in zip(specs, answer)]
+  train = np.zeros(len(specs), dtype=bool)
+  train[np.lexsort((answer, right))[::2]] = True
+  return train
 
 
 def _letter(specs, train) -> Probe:

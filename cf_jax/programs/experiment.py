@@ -27,6 +27,7 @@ from cf_jax.data import (
     prompts,
     records,
     synthetic,
+    video,
 )
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
@@ -132,6 +133,10 @@ def build(
 ) -> Experiment:
   """Reads the config and makes everything that does not train."""
   mesh = sharding.make_mesh(**config.mesh)
+  tokenizer = prompts.load_tokenizer(config.tokenizer)
+  model = model_config.make(
+      vocab_size=tokenizer.vocab_size, **config.model
+  )
   samples = load_samples(
       source=config.data.source, cache_dir=config.data.cache_dir,
       synthetic_set=dict(config.data.synthetic), seed=config.data.seed,
@@ -140,11 +145,6 @@ def build(
     logging.info("%s: %d samples", split, len(rows))
     for sample in rows:  # an unreadable truth fails here, not after an hour
       answers.accuracy(None, sample)
-
-  tokenizer = prompts.load_tokenizer(config.tokenizer)
-  model = model_config.make(
-      vocab_size=tokenizer.vocab_size, **config.model
-  )
 
   reader = pipeline.FrameReader(**config.data.reader)
   encode = None
@@ -200,9 +200,12 @@ def summary(
   ))
   num_keyframes = config.tad.num_keyframes
   num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
-  prompt = max(
-      experiment.make_views.count_tokens(sample)
-      for sample in experiment.samples["train"][:256]
+  longest = max(
+      experiment.samples["train"],
+      key=lambda sample: len(sample.question) + len("".join(sample.options)),
+  )
+  prompt = experiment.make_views.count_tokens(
+      longest, duration_s=video.probe(longest.video).duration_s
   )
   batch, group = config.rl.prompts_per_step, config.sampling.num_completions
   slots = config.prompt.max_tokens + group * config.sampling.max_tokens
@@ -223,8 +226,9 @@ def summary(
       ),
       "frames": f"{config.data.loader.scan_frames} scanned, {num_keyframes}"
                 " shown",
-      "tokens per sample": f"{num_visual} visual, {prompt} in the longest of"
-                           f" 256 prompts (limit {config.prompt.max_tokens}),"
+      "tokens per sample": f"{num_visual} visual, at most {prompt} in the"
+                           " longest question's prompt (limit"
+                           f" {config.prompt.max_tokens}),"
                            f" up to {config.sampling.max_tokens} new",
       "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
                  " completions; an epoch is"

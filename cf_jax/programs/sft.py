@@ -5,7 +5,8 @@ The loss is the mean negative log-likelihood of the target's tokens (reasoning,
 answer and end token); prompt tokens carry no loss.
 """
 
-from typing import Any, NamedTuple
+import string
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,19 +40,36 @@ def target_rollout(
     tokenizer: prompts.Tokenizer,
     samples: list[records.Sample],
     max_tokens: int,
+    *,
+    answer_form: Literal["letter", "text"],
 ) -> Rollout:
   """The wanted completion of each sample as a Rollout with G = 1.
 
+  Args:
+    tokenizer: from `prompts.load_tokenizer`.
+    samples: B samples.
+    max_tokens: C.
+    answer_form: what stands between the answer tags of a multiple choice
+      question: the letter of the right option, or its text.
+
   Raises:
-    ValueError: a target longer than `max_tokens`; it is never cut.
+    ValueError: a target longer than `max_tokens` (it is never cut), or an
+      unknown form.
   """
+  if answer_form not in ("letter", "text"):
+    raise ValueError(
+        f"answer_form must be 'letter' or 'text', got {answer_form!r}; change"
+        " config.sft.answer_form"
+    )
   shape = (len(samples), 1, max_tokens)
   token = np.full(shape, tokenizer.eos_id, dtype=np.int32)
   mask = np.zeros(shape, dtype=bool)
   for row, sample in enumerate(samples):
-    ids = tokenizer.encode(
-        prompts.target_text(sample.reasoning, sample.answer)
-    ) + [tokenizer.eos_id]
+    answer = sample.answer
+    if answer_form == "text" and sample.kind == "multiple_choice":
+      answer = sample.options[string.ascii_uppercase.index(answer)]
+    ids = tokenizer.encode(prompts.target_text(sample.reasoning, answer))
+    ids.append(tokenizer.eos_id)
     if len(ids) > max_tokens:
       raise ValueError(
           f"the target of sample {sample.id!r} has {len(ids)} tokens, the limit"
@@ -181,6 +199,7 @@ def cold_start(
             target=target_rollout(
                 experiment.tokenizer, prepared.batch.samples,
                 experiment.config.sampling.max_tokens,
+                answer_form=config.answer_form,
             ),
         )
       with timer("update"):

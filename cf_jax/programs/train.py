@@ -425,7 +425,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   test.write_predictions(judged, workdir / "predictions.jsonl")
   test.write_film_strips(workdir, config.report.num_film_strips)
   telemetry.write_json(results_path, results)
-  path = report.write_report(workdir)
+  path = report.write_report(
+      workdir, num_rollouts=config.report.num_rollouts
+  )
   for store in stores.values():
     store.close()
 

@@ -73,13 +73,20 @@ class Checkpoints:
           f"no checkpoint in {self.directory}; train first or change --workdir"
       )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            host=ocp.args.JsonRestore(),
-        ),
-    )
+    try:
+      restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(abstract),
+              host=ocp.args.JsonRestore(),
+          ),
+      )
+    except ValueError as error:
+      raise ValueError(
+          f"checkpoint {step} in {self.directory} does not fit: it holds other"
+          " shapes or parameters than this config's model and optimizer; give"
+          f" the config it was saved under, or another --workdir ({error})"
+      ) from error
     return restored["state"], restored["host"]
 
   def wait(self) -> None:

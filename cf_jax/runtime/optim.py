@@ -9,8 +9,8 @@ import optax
 
 
 def path_of(key_path: tuple) -> str:
-  """`('decoder', 'layers', 'q', 'kernel')` as `decoder/layers/q/kernel`."""
-  return "/".join(str(getattr(key, "key", key)) for key in key_path)
+  """A leaf's path in words: `decoder/layers/query/kernel`."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def matches(params: Any, patterns: tuple[str, ...]) -> Any:

@@ -88,7 +88,7 @@ def test_reasoning_needs_exactly_one_pair():
 @pytest.mark.parametrize(
     "answer",
     ["B", " B\n", "B.", "B:", "B)", "(B)", "(B).", "B. blue", "(B) Blue.",
-     "B blue", "B.\n blue"],
+     "B blue", "B.\n blue", "blue", " blue\n"],
 )
 def test_one_option(answer):
   assert answers.read_choice(answer, OPTIONS) == 1
@@ -97,7 +97,7 @@ def test_one_option(answer):
 @pytest.mark.parametrize(
     "answer",
     ["", " ", "A or B", "A, B", "AB", "A B", "A/B", "A and B", "B or not",
-     "B. red", "B. blue or red", "B.blue", "b", "blue", "D", "Z", "(B", "((B))",
+     "B. red", "B. blue or red", "B.blue", "b", "Blue", "blue.", "bl", "blue red", "D", "Z", "(B", "((B))",
      "[B]", "not B", "B B", "B. B", "B..", "answer: B", "*B*", "1", "2",
      "В",  # Cyrillic Ve
      "Β",  # Greek Beta
@@ -119,6 +119,12 @@ def test_option_text_may_be_a_letter():
   # "A. B" names the first option in full; "B" alone is the second.
   assert answers.read_choice("A. B", ("B", "A")) == 0
   assert answers.read_choice("B", ("B", "A")) == 1
+  assert answers.read_choice("B", ("A or B", "A")) == 1
+
+
+def test_text_shared_by_two_options_names_none():
+  assert answers.read_choice("red", ("red", "blue", "red")) is None
+  assert answers.read_choice("blue", ("red", "blue", "red")) == 1
 
 
 @pytest.mark.parametrize("wrong", ["A", "A or B", "C", "B or C", "all", ""])

@@ -1,0 +1,163 @@
+"""The baseline selectors, each against a case worked by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax import selectors, tad
+
+A, B, C = np.eye(3, dtype=np.float32)
+QUERY = jnp.asarray([1.0, 0.0])
+
+
+def with_relevance(*cosines):
+  """Frames whose cosine with QUERY is given."""
+  cosine = np.asarray(cosines)
+  return jnp.asarray(np.stack([cosine, np.sqrt(1 - cosine**2)], 1), jnp.float32)
+
+
+def run(selector, embedding, mask=None, **settings):
+  static = {
+      name: settings.pop(name)
+      for name in ("num_keyframes", "median", "depth")
+      if name in settings
+  }
+  program = jax.jit(functools.partial(selector, **static))
+  return program(embedding, mask, **settings)
+
+
+ALL = {
+    "uniform": {},
+    "random": {"rng": jax.random.key(3)},
+    "top_k": {},
+    "k_center": {},
+    "aks": {},
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_what_always_holds(name, number):
+  """Holes and padding are never shown; masked slots hold T."""
+  rng = np.random.default_rng(0)
+  frames = rng.normal(size=(12, 5)).astype(np.float32)
+  mask = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0], bool)
+  frames[~mask] = np.nan
+  selector = getattr(selectors, name)
+  keyframes = run(
+      selector, frames, mask, num_keyframes=number, **ALL[name]
+  )
+  shown = min(number, 7)
+  index, real = np.asarray(keyframes.index), np.asarray(keyframes.mask)
+  assert real.tolist() == [k < shown for k in range(number)]
+  assert np.all(np.diff(index[:shown]) > 0) and np.all(mask[index[:shown]])
+  assert np.all(index[shown:] == 12)
+  assert sorted(keyframes.order.tolist()) == index.tolist()
+  assert keyframes.index.dtype == jnp.int32
+  np.testing.assert_array_equal(
+      keyframes.embedding[:shown], frames[index[:shown]]
+  )
+  assert np.all(keyframes.embedding[shown:] == 0)
+  np.testing.assert_array_equal(keyframes.weight.sum(1), real)
+  low, high = np.asarray(keyframes.segment)[:shown].T
+  assert low[0] == 1 and high[-1] == 10 and np.all(low[1:] == high[:-1])
+  assert np.all((low <= index[:shown]) & (index[:shown] < high))
+  # The same fields and shapes as the layer it is compared with.
+  ours = jax.eval_shape(
+      functools.partial(tad.select_keyframes, num_keyframes=number),
+      jnp.asarray(frames), jnp.asarray(mask),
+  )
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), keyframes
+  )
+
+
+def test_uniform():
+  keyframes = run(selectors.uniform, jnp.ones((10, 3)), num_keyframes=4)
+  assert keyframes.index.tolist() == [1, 3, 6, 8]
+  assert keyframes.segment.tolist() == [[0, 2], [2, 5], [5, 7], [7, 10]]
+
+
+def test_random_is_even_and_changes_with_its_key():
+  frames = jnp.ones((6, 2))
+  mask = jnp.asarray([True, True, False, True, True, True])
+  draw = jax.jit(jax.vmap(
+      lambda rng: selectors.random(frames, mask, num_keyframes=2, rng=rng).index
+  ))
+  index = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+  pairs, count = np.unique(index, axis=0, return_counts=True)
+  assert len(pairs) == 10  # of 5 frames
+  assert np.all(np.abs(count - 400) < 4 * np.sqrt(400))
+
+
+def test_top_k_by_relevance_and_by_variation():
+  frames = with_relevance(0.1, 0.9, 0.3, 0.8, 0.8, 0.2)
+  keyframes = run(selectors.top_k, frames, num_keyframes=3, query=QUERY)
+  assert keyframes.order.tolist() == [1, 3, 4]  # the earlier of equals first
+  np.testing.assert_allclose(
+      keyframes.score, [0.1, 0.9, 0.3, 0.8, 0.8, 0.2], atol=1e-6
+  )
+  cut = jnp.asarray(np.stack([A] * 6 + [B] * 6))
+  keyframes = run(selectors.top_k, cut, num_keyframes=1)
+  assert keyframes.index.tolist() == [6]
+
+
+def test_all_frames():
+  mask = jnp.asarray([True, False, True, True])
+  keyframes = run(selectors.all_frames, jnp.ones((4, 2)), mask)
+  assert keyframes.index.tolist() == [0, 2, 3, 4]
+  assert keyframes.mask.tolist() == [True, True, True, False]
+  run(selectors.all_frames, jnp.ones((4, 2)), num_keyframes=4)
+  with pytest.raises(ValueError, match="num_keyframes=3.*None or 4"):
+    selectors.all_frames(jnp.ones((4, 2)), num_keyframes=3)
+
+
+def test_k_center():
+  # From a the frame at 1 - cos = 1 is farthest, then the one between them
+  # (1 - 0.8 and 1 - 0.6), then the other a, at 0.
+  frames = jnp.asarray(np.stack([A, A, 0.8 * A + 0.6 * B, B]))
+  keyframes = run(selectors.k_center, frames, num_keyframes=4)
+  assert keyframes.order.tolist() == [0, 3, 2, 1]
+  # A flicker is the farthest frame, and none after a median of three.
+  frames = jnp.asarray(np.stack([A, A, A, -A, A, A, B, B, B]))
+  plain = run(selectors.k_center, frames, num_keyframes=2)
+  steady = run(selectors.k_center, frames, num_keyframes=2, median=True)
+  assert plain.index.tolist() == [0, 3]
+  assert steady.index.tolist() == [0, 6]
+
+
+def test_aks():
+  # Scaled to 0 .. 1 the scores are these. The best two of all eight stand out
+  # by 1 - 0.25 = 0.75, under the threshold: halved, one for each half. With a
+  # threshold of 0.7 they are taken together.
+  frames = with_relevance(0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+  spread = run(selectors.aks, frames, num_keyframes=2, query=QUERY)
+  assert spread.index.tolist() == [1, 4]
+  together = run(
+      selectors.aks, frames, num_keyframes=2, query=QUERY, threshold=0.7
+  )
+  assert together.index.tolist() == [1, 2]
+  flat = run(selectors.aks, frames, num_keyframes=2, query=QUERY, depth=0)
+  assert flat.index.tolist() == [1, 2]
+
+
+def test_aks_gives_the_odd_frame_to_the_first_half():
+  # Three for seven frames: two for the first four, one for the last three;
+  # then one each for frames 0, 1 and 2, 3, and the best of 4, 5, 6.
+  frames = with_relevance(0.3, 0.4, 0.1, 0.2, 0.0, 0.1, 0.6)
+  keyframes = run(selectors.aks, frames, num_keyframes=3, query=QUERY)
+  assert keyframes.index.tolist() == [1, 3, 6]
+
+
+def test_aks_by_halves_is_one_frame_per_part():
+  frames = with_relevance(*[0.5] * 16)
+  keyframes = run(selectors.aks, frames, num_keyframes=8, query=QUERY)
+  assert keyframes.index.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_number_out_of_range():
+  with pytest.raises(ValueError, match="num_keyframes=0"):
+    selectors.uniform(jnp.ones((4, 2)), num_keyframes=0)

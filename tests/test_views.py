@@ -1,0 +1,246 @@
+"""Views of real files: which picture stands in which slot, under which words.
+
+Axes as in `cf_jax.views`.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from cf_jax import policy, views
+from cf_jax.data import pipeline, prompts, records
+from cf_jax.programs import experiment as experiment_lib
+from tests.conftest import load_config, shrink
+
+SCAN = dict(scan_frames=64, scan_size_px=(32, 32))
+ALL = views.ARMS
+
+
+@pytest.fixture(scope="module")
+def experiment(cache_dir, tmp_path_factory):
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.contrast.num_shuffles = 2
+  return experiment_lib.build(config, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def batch(experiment):
+  return pipeline.collate(
+      experiment.samples["test"][:4], np.arange(4), **SCAN
+  )
+
+
+@pytest.fixture(scope="module")
+def prepared(experiment, batch):
+  return experiment.make_views(batch, ALL)
+
+
+def _equal_prompts(left, right):
+  return all(
+      np.array_equal(a, b)
+      for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))
+  )
+
+
+def test_shapes(experiment, prepared):
+  assert set(prepared.view) == {*ALL, "shuffled_1"}
+  assert prepared.frames.shape == (4, 9, 28, 56, 3)
+  assert prepared.pixel.shape == (4, 9, 8, 3 * 2 * 14 * 14)
+  assert prepared.pixel.dtype == np.float32
+  assert experiment.make_views.merged_grid == (1, 2)
+  assert np.all(prepared.frames[:, 8] == 128)  # the blank
+  for view in prepared.view.values():
+    assert view.frame.shape == (4, 4) and view.frame.dtype == np.int32
+    assert view.prompt.token.shape == (4, 96)
+    assert view.frame.min() >= 0 and view.frame.max() <= 8
+
+
+def test_frames_are_those_of_the_keyframes(experiment, batch, prepared):
+  keyframes = prepared.keyframes
+  assert keyframes.mask.all() and prepared.frame_mask.all()
+  rows = np.arange(4)[:, None]
+  number = batch.frame_index[rows, keyframes.index]
+  reader = pipeline.FrameReader((28, 56), cache_mib=0, num_threads=1)
+  np.testing.assert_array_equal(
+      prepared.frames[:, :4], reader.read(batch.samples, number)
+  )
+  np.testing.assert_allclose(
+      prepared.frame_time_s[:, :4], batch.scan_time_s[rows, keyframes.index]
+  )
+  assert np.all(np.diff(prepared.frame_time_s[:, :4]) > 0)
+  assert np.all(np.diff(prepared.frame_time_s[:, 4:]) > 0)
+
+
+def test_ordered_uniform_and_reversed(prepared):
+  view = prepared.view
+  assert np.all(view["keyframes"].frame == [0, 1, 2, 3])
+  assert np.all(view["uniform"].frame == [4, 5, 6, 7])
+  assert np.all(view["reversed"].frame == [3, 2, 1, 0])
+
+
+def test_the_words_of_a_prompt_are_the_times_of_its_frames(
+    experiment, batch, prepared
+):
+  for arm, first in (("keyframes", 0), ("uniform", 4)):
+    row = prompts.build_prompt(
+        experiment.tokenizer, batch.samples[2].question,
+        batch.samples[2].options,
+        frame_time_s=prepared.frame_time_s[2, first : first + 4], grid=(1, 2),
+        **experiment.config.prompt.build,
+    )
+    prompt = prepared.view[arm].prompt
+    count = len(row.token)
+    np.testing.assert_array_equal(prompt.token[2, :count], row.token)
+    np.testing.assert_array_equal(prompt.position[2, :, :count], row.position)
+    np.testing.assert_array_equal(prompt.visual[2, :count], row.visual)
+    assert prompt.mask[2].sum() == count
+    assert (row.visual >= 0).sum() == 4 * 2
+
+
+@pytest.mark.parametrize("arm", ["shuffled", "shuffled_1", "reversed", "times"])
+def test_only_the_pictures_move(prepared, arm):
+  ordered, view = prepared.view["keyframes"], prepared.view[arm]
+  assert _equal_prompts(view.prompt, ordered.prompt)
+  assert np.all(np.any(view.frame != ordered.frame, axis=1))
+
+
+def test_a_shuffled_view_is_a_permutation_and_not_the_identity(
+    experiment, batch, prepared
+):
+  drawn = [prepared.view["shuffled"].frame, prepared.view["shuffled_1"].frame]
+  drawn += [
+      experiment.make_views(batch, ("shuffled",), draw=n).view["shuffled"].frame
+      for n in range(1, 4)
+  ]
+  for frame in drawn:
+    np.testing.assert_array_equal(np.sort(frame), [np.arange(4)] * 4)
+    assert np.all(np.any(frame != np.arange(4), axis=1))
+  # Permutations, steps and videos draw for themselves.
+  assert len({frame.tobytes() for frame in drawn}) == len(drawn)
+  assert len({row.tobytes() for frame in drawn for row in frame}) > 5
+  again = experiment.make_views(batch, ("shuffled",)).view
+  np.testing.assert_array_equal(again["shuffled"].frame, drawn[0])
+
+
+def test_a_permutation_does_not_depend_on_the_batch(
+    experiment, batch, prepared
+):
+  one = pipeline.collate(batch.samples[2:3], np.array([2]), **SCAN)
+  alone = experiment.make_views(one, ("shuffled",)).view["shuffled"].frame
+  np.testing.assert_array_equal(alone[0], prepared.view["shuffled"].frame[2])
+
+
+@pytest.mark.parametrize("num_valid", [0, 1, 2, 3, 5])
+def test_permute_slots(num_valid):
+  for seed in range(30):
+    order = views.permute_slots(num_valid, 5, np.random.default_rng(seed))
+    assert order.dtype == np.int32
+    assert sorted(order) == list(range(5))
+    np.testing.assert_array_equal(
+        order[num_valid:], np.arange(num_valid, 5)
+    )
+    assert (num_valid < 2) == bool(np.all(order == np.arange(5)))
+
+
+def test_blind_has_no_visual_slots(prepared):
+  prompt = prepared.view["blind"].prompt
+  assert np.all(prompt.visual == -1)
+  shown = prepared.view["keyframes"].prompt
+  assert np.all(prompt.mask.sum(1) < shown.mask.sum(1) - 8)
+
+
+def test_single_shows_the_middle_uniform_frame(prepared):
+  view = prepared.view["single"]
+  assert np.all((view.prompt.visual >= 0).sum(1) == 2)
+  assert view.prompt.visual.max() == 1  # slot 0
+  assert np.all(view.frame == 6)
+
+
+def test_times_show_blank_frames(prepared):
+  view = prepared.view["times"]
+  assert np.all(view.frame == 8)
+  assert np.all((view.prompt.visual >= 0).sum(1) == 8)
+  shown = np.asarray(policy.show(prepared.pixel, view.frame))
+  assert len(np.unique(shown.reshape(4, 4, -1), axis=1)[0]) == 1
+
+
+@pytest.fixture(scope="module")
+def short(experiment, write_video, tmp_path_factory):
+  """A video of three frames and one of a single frame."""
+  rng = np.random.default_rng(0)
+  folder = tmp_path_factory.mktemp("short")
+  samples = []
+  for count in (3, 1):
+    path = folder / f"{count}.mp4"
+    write_video(path, rng.integers(0, 255, (count, 64, 64, 3), np.uint8))
+    samples.append(records.Sample(
+        id=str(count), video=str(path), question="Which colour appears first?",
+        options=("red", "green", "blue", "pink"), answer="A",
+    ))
+  batch = pipeline.collate(samples, np.arange(2), **SCAN)
+  return experiment.make_views(batch, ALL)
+
+
+def test_fewer_frames_than_slots(short):
+  np.testing.assert_array_equal(short.keyframes.mask.sum(1), [3, 1])
+  np.testing.assert_array_equal(short.can_shuffle, [True, False])
+  mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+  np.testing.assert_array_equal(short.frame_mask, np.tile(mask, (1, 2)))
+  np.testing.assert_array_equal(np.isnan(short.frame_time_s), ~short.frame_mask)
+  for arm in ("keyframes", "uniform", "shuffled", "reversed", "times"):
+    visual = short.view[arm].prompt.visual
+    np.testing.assert_array_equal((visual >= 0).sum(1), [6, 2])
+    np.testing.assert_array_equal(visual.max(axis=1), [5, 1])
+  np.testing.assert_array_equal(
+      short.view["reversed"].frame, [[2, 1, 0, 3], [0, 1, 2, 3]]
+  )
+  shuffled = short.view["shuffled"].frame
+  assert shuffled[0, 3] == 3 and np.any(shuffled[0] != np.arange(4))
+  np.testing.assert_array_equal(shuffled[1], np.arange(4))
+  np.testing.assert_array_equal(short.view["single"].frame[:, 0], [5, 4])
+  assert np.all(np.isfinite(short.pixel))
+
+
+def test_unknown_arm(experiment, batch):
+  with pytest.raises(ValueError, match=r"unknown arms \['shufled'\].*shuffled"):
+    experiment.make_views(batch, ("keyframes", "shufled"))
+
+
+def test_overlong_prompt_names_the_setting(experiment, batch):
+  config = experiment.config
+  maker = views.ViewMaker(
+      experiment.tokenizer,
+      views.make_selector(descriptor="pixels", **config.tad),
+      pipeline.FrameReader((28, 56), cache_mib=0, num_threads=1),
+      prompt=dict(config.prompt.build), max_prompt_tokens=20,
+      patch=(14, 2, 2), num_keyframes=4, num_shuffles=1, seed=0,
+  )
+  with pytest.raises(ValueError, match="budget is 20.*config.prompt.max_tokens"):
+    maker(batch, ("keyframes",))
+
+
+def test_count_tokens_is_an_upper_bound(experiment, prepared):
+  sample = prepared.batch.samples[0]
+  bound = experiment.make_views.count_tokens(sample, duration_s=8.0)
+  used = prepared.view["keyframes"].prompt.mask[0].sum()
+  assert used <= bound <= used + 8
+
+
+def test_selector_errors(experiment):
+  with pytest.raises(ValueError, match="got 'clip'; change config.scan"):
+    views.make_selector(descriptor="clip", **experiment.config.tad)
+  with pytest.raises(ValueError, match="vision tower"):
+    views.make_selector(descriptor="vision", **experiment.config.tad)
+
+
+def test_scan_by_the_vision_tower(experiment, batch, cache_dir, tmp_path):
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.scan.descriptor = "vision"
+  config.data.loader.scan_size_px = (28, 28)
+  made = experiment_lib.build(config, tmp_path)
+  few = pipeline.collate(
+      batch.samples[:2], np.arange(2), scan_frames=64, scan_size_px=(28, 28)
+  )
+  keyframes = made.make_views(few, ("keyframes",)).keyframes
+  assert keyframes.embedding.shape == (2, 4, 32)
+  assert keyframes.mask.all() and np.all(np.diff(keyframes.index) > 0)
