@@ -22,12 +22,24 @@ import numpy as np
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 GAPS = (
-    ("KF-GRPO over the cold start, all tasks",
-     ("rl", "keyframes", "all"), ("sft", "keyframes", "all"), 10),
-    ("needle: TAD over uniform frames",
-     ("rl", "keyframes", "needle"), ("rl", "uniform", "needle"), 15),
-    ("order: ordered over shuffled keyframes",
-     ("rl", "keyframes", "order"), ("rl", "shuffled", "order"), 15),
+  (
+    "KF-GRPO over the cold start, all tasks",
+    ("rl", "keyframes", "all"),
+    ("sft", "keyframes", "all"),
+    10,
+  ),
+  (
+    "needle: TAD over uniform frames",
+    ("rl", "keyframes", "needle"),
+    ("rl", "uniform", "needle"),
+    15,
+  ),
+  (
+    "order: ordered over shuffled keyframes",
+    ("rl", "keyframes", "order"),
+    ("rl", "shuffled", "order"),
+    15,
+  ),
 )
 
 
@@ -49,30 +61,35 @@ def show(values: list[float]) -> str:
 def table(runs: list[dict]) -> str:
   """Markdown of everything the runs measured, mean ± 95 % over seeds."""
   at = [
-      {(r["stage"], r["view"], r["task"]): r for r in run["evaluations"]}
-      for run in runs
+    {(r["stage"], r["view"], r["task"]): r for r in run["evaluations"]}
+    for run in runs
   ]
   chance = runs[0]["chance"]
   tasks = list(chance)
   lines = [
-      f"{len(runs)} seeds, mean ± half a 95 % t-interval over seeds, points.",
-      "",
-      "| gap | measured | goal | each seed |", "|---|---|---|---|",
+    f"{len(runs)} seeds, mean ± half a 95 % t-interval over seeds, points.",
+    "",
+    "| gap | measured | goal | each seed |",
+    "|---|---|---|---|",
   ]
   for name, high, low, goal in GAPS:
     gaps = [a[high]["accuracy"] - a[low]["accuracy"] for a in at]
     each = ", ".join(f"{100 * gap:.1f}" for gap in gaps)
     lines.append(f"| {name} | {show(gaps)} | ≥ {goal} | {each} |")
-  lines += ["", "| stage | view | " + " | ".join(tasks) + " |",
-            "|---|---|" + "---|" * len(tasks)]
-  lines.append("| | chance | " + " | ".join(
-      f"{100 * chance[task]:.1f}" for task in tasks
-  ) + " |")
+  lines += [
+    "",
+    "| stage | view | " + " | ".join(tasks) + " |",
+    "|---|---|" + "---|" * len(tasks),
+  ]
+  lines.append(
+    "| | chance | "
+    + " | ".join(f"{100 * chance[task]:.1f}" for task in tasks)
+    + " |"
+  )
   for stage in ("sft", "rl"):
     for view in dict.fromkeys(key[1] for key in at[0] if key[0] == stage):
       cells = [
-          show([a[stage, view, task]["accuracy"] for a in at])
-          for task in tasks
+        show([a[stage, view, task]["accuracy"] for a in at]) for task in tasks
       ]
       lines.append(f"| {stage} | {view} | " + " | ".join(cells) + " |")
   lines += ["", "| shortcut probe | accuracy | chance |", "|---|---|---|"]
@@ -89,7 +106,9 @@ def main() -> None:
   parser.add_argument("--config", default="configs/kfgrpo_cpu.py")
   parser.add_argument("--out", default="runs/seeds")
   parser.add_argument(
-      "overrides", nargs="*", help="further flags, e.g. --config.rl.steps=10",
+    "overrides",
+    nargs="*",
+    help="further flags, e.g. --config.rl.steps=10",
   )
   args, extra = parser.parse_known_args()
   out = pathlib.Path(args.out)
@@ -98,9 +117,15 @@ def main() -> None:
     workdir = out / f"seed_{seed}"
     if not (workdir / "report.html").exists():
       command = [
-          sys.executable, "-m", "cf_jax.main", f"--config={args.config}",
-          f"--workdir={workdir}", f"--config.seed={seed}",
-          f"--config.data.seed={seed}", *args.overrides, *extra,
+        sys.executable,
+        "-m",
+        "cf_jax.main",
+        f"--config={args.config}",
+        f"--workdir={workdir}",
+        f"--config.seed={seed}",
+        f"--config.data.seed={seed}",
+        *args.overrides,
+        *extra,
       ]
       print("+", " ".join(command), flush=True)
       begin = time.monotonic()

@@ -40,7 +40,7 @@ def ban(logits: jax.Array, banned: jax.Array) -> jax.Array:
 
 
 def token_logprobs(
-    logits: jax.Array, token: jax.Array, banned: jax.Array
+  logits: jax.Array, token: jax.Array, banned: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each token and entropy of its distribution, in nats.
 
@@ -61,7 +61,7 @@ def token_logprobs(
 
 
 def pooled_std(
-    reward: jax.Array, mask: jax.Array | None = None, *, ddof: int
+  reward: jax.Array, mask: jax.Array | None = None, *, ddof: int
 ) -> jax.Array:
   """Within-group standard deviation, pooled over the groups of a batch.
 
@@ -84,14 +84,14 @@ def pooled_std(
 
 
 def group_advantages(
-    reward: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    scale: Scale,
-    baseline: Baseline,
-    ddof: int,
-    eps: float,
-    batch_std: jax.Array | None = None,
+  reward: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  scale: Scale,
+  baseline: Baseline,
+  ddof: int,
+  eps: float,
+  batch_std: jax.Array | None = None,
 ) -> jax.Array:
   """Advantage of each completion within its group.
 
@@ -130,8 +130,8 @@ def group_advantages(
     advantage = advantage * count / jnp.maximum(count - 1, 1)
   elif baseline != "mean":
     raise ValueError(
-        f"baseline must be 'mean' or 'leave_one_out', got {baseline!r}; change"
-        " config.advantage.baseline"
+      f"baseline must be 'mean' or 'leave_one_out', got {baseline!r}; change"
+      " config.advantage.baseline"
     )
   if scale == "group":
     std = masked.masked_std(reward, mask, axis=1, ddof=ddof)
@@ -143,14 +143,14 @@ def group_advantages(
     advantage = advantage / (std[:, None] + eps)
   elif scale != "none":
     raise ValueError(
-        f"scale must be 'none', 'group' or 'batch', got {scale!r}; change"
-        " config.advantage.scale"
+      f"scale must be 'none', 'group' or 'batch', got {scale!r}; change"
+      " config.advantage.scale"
     )
   return jnp.where(mask, advantage, 0)
 
 
 def spread_mask(
-    reward: jax.Array, mask: jax.Array | None = None, *, tol: float = 1e-6
+  reward: jax.Array, mask: jax.Array | None = None, *, tol: float = 1e-6
 ) -> jax.Array:
   """bool[B]: groups whose rewards differ; the others teach nothing.
 
@@ -181,11 +181,11 @@ def overlong_filter(mask: jax.Array, finished: jax.Array) -> jax.Array:
 
 
 def kl_divergence(
-    logprob: jax.Array,
-    ref_logprob: jax.Array,
-    *,
-    kind: KLKind,
-    max_log_ratio: float = 10.0,
+  logprob: jax.Array,
+  ref_logprob: jax.Array,
+  *,
+  kind: KLKind,
+  max_log_ratio: float = 10.0,
 ) -> jax.Array:
   """Estimate of KL(policy || reference) at every token.
 
@@ -213,13 +213,12 @@ def kl_divergence(
   if kind == "k3":
     return jnp.expm1(diff) - diff
   raise ValueError(
-      f"kind must be 'k1', 'k2' or 'k3', got {kind!r}; change"
-      " config.loss.kl_kind"
+    f"kind must be 'k1', 'k2' or 'k3', got {kind!r}; change config.loss.kl_kind"
   )
 
 
 def truncated_importance(
-    logprob: jax.Array, sampler_logprob: jax.Array, *, cap: float
+  logprob: jax.Array, sampler_logprob: jax.Array, *, cap: float
 ) -> jax.Array:
   """`min(exp(logprob - sampler_logprob), cap)`, a constant of the loss.
 
@@ -256,28 +255,28 @@ def denominator(mask: jax.Array, *, aggregate: Aggregate) -> jax.Array:
   if aggregate == "constant":
     return completions * mask.shape[-1]
   raise ValueError(
-      "aggregate must be 'sequence_mean', 'token_mean' or 'constant', got"
-      f" {aggregate!r}; change config.loss.aggregate"
+    "aggregate must be 'sequence_mean', 'token_mean' or 'constant', got"
+    f" {aggregate!r}; change config.loss.aggregate"
   )
 
 
 def policy_loss(
-    logprob: jax.Array,
-    old_logprob: jax.Array,
-    ref_logprob: jax.Array,
-    advantage: jax.Array,
-    mask: jax.Array,
-    group_mask: jax.Array | None = None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    aggregate: Aggregate,
-    kl_weight: float,
-    kl_kind: KLKind,
-    ratio: Ratio = "token",
-    max_log_ratio: float = 10.0,
-    weight: jax.Array | None = None,
-    total: jax.Array | None = None,
+  logprob: jax.Array,
+  old_logprob: jax.Array,
+  ref_logprob: jax.Array,
+  advantage: jax.Array,
+  mask: jax.Array,
+  group_mask: jax.Array | None = None,
+  *,
+  clip_low: float,
+  clip_high: float,
+  aggregate: Aggregate,
+  kl_weight: float,
+  kl_kind: KLKind,
+  ratio: Ratio = "token",
+  max_log_ratio: float = 10.0,
+  weight: jax.Array | None = None,
+  total: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped policy loss plus KL to the reference.
 
@@ -327,7 +326,7 @@ def policy_loss(
   advantage = jax.lax.stop_gradient(advantage)
   # Padded slots may hold anything: cut them off before exp, or 0 * inf is NaN.
   logprob, old_logprob, ref_logprob = (
-      jnp.where(mask, value, 0) for value in (logprob, old_logprob, ref_logprob)
+    jnp.where(mask, value, 0) for value in (logprob, old_logprob, ref_logprob)
   )
   log_ratio = logprob - jax.lax.stop_gradient(old_logprob)
   if ratio == "sequence":
@@ -335,8 +334,8 @@ def policy_loss(
     log_ratio = jnp.broadcast_to(log_ratio, logprob.shape)
   elif ratio != "token":
     raise ValueError(
-        f"ratio must be 'token' or 'sequence', got {ratio!r}; change"
-        " config.loss.ratio"
+      f"ratio must be 'token' or 'sequence', got {ratio!r}; change"
+      " config.loss.ratio"
     )
   rho = jnp.exp(jnp.clip(log_ratio, -max_log_ratio, max_log_ratio))
   clipped = jnp.clip(rho, 1 - clip_low, 1 + clip_high)
@@ -344,8 +343,10 @@ def policy_loss(
   if weight is not None:
     surrogate = surrogate * jax.lax.stop_gradient(weight)
   kl = kl_divergence(
-      logprob, jax.lax.stop_gradient(ref_logprob), kind=kl_kind,
-      max_log_ratio=max_log_ratio,
+    logprob,
+    jax.lax.stop_gradient(ref_logprob),
+    kind=kl_kind,
+    max_log_ratio=max_log_ratio,
   )
   if total is None:
     total = denominator(mask, aggregate=aggregate)
@@ -361,23 +362,23 @@ def policy_loss(
   divergence = reduce(kl)
   cut = jnp.where(advantage > 0, rho > 1 + clip_high, rho < 1 - clip_low)
   metrics = {
-      "policy_loss": loss,
-      "kl": divergence,
-      "clip_fraction": masked.masked_mean(cut & (advantage != 0), mask),
-      "ratio_mean": masked.masked_mean(rho, mask),
-      "ratio_max": jnp.max(jnp.where(mask, rho, 0)),
-      "log_ratio_abs": masked.masked_mean(jnp.abs(log_ratio), mask),
+    "policy_loss": loss,
+    "kl": divergence,
+    "clip_fraction": masked.masked_mean(cut & (advantage != 0), mask),
+    "ratio_mean": masked.masked_mean(rho, mask),
+    "ratio_max": jnp.max(jnp.where(mask, rho, 0)),
+    "log_ratio_abs": masked.masked_mean(jnp.abs(log_ratio), mask),
   }
   return loss + kl_weight * divergence, jax.lax.stop_gradient(metrics)
 
 
 def contrastive_loss(
-    gain: jax.Array,
-    view_gain: jax.Array,
-    select: jax.Array,
-    *,
-    margin: float,
-    tau: float,
+  gain: jax.Array,
+  view_gain: jax.Array,
+  select: jax.Array,
+  *,
+  margin: float,
+  tau: float,
 ) -> jax.Array:
   """Pushes an answer up under one view against another [ours].
 

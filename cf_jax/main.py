@@ -18,11 +18,13 @@ from ml_collections import config_flags
 PROGRAMS = ("train",)
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: configs/NAME.py or configs/NAME.py:ARG.",
-    lock_config=True,
+  "config",
+  None,
+  "The experiment: configs/NAME.py or configs/NAME.py:ARG.",
+  lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is kept; runs/<config.name> by default."
+  "workdir", None, "Where the run is kept; runs/<config.name> by default."
 )
 
 
@@ -66,9 +68,7 @@ def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
     config = runpy.run_path(file)["get_config"](*([arg] if colon else []))
   except ValueError as wrong_argument:
     return str(wrong_argument)
-  given = [
-      re.match(r"--?config\.([\w.\[\]]+)", entry) for entry in argv
-  ]
+  given = [re.match(r"--?config\.([\w.\[\]]+)", entry) for entry in argv]
   known = _leaves(config)
   for match in given:
     if match and match.group(1) not in known:
@@ -90,14 +90,12 @@ def run(argv: list[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {argv[1:]}")
   if _CONFIG.value is None:
-    raise ValueError(
-        "--config is missing; try --config=configs/kfgrpo_cpu.py"
-    )
+    raise ValueError("--config is missing; try --config=configs/kfgrpo_cpu.py")
   config = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
   if config.program not in PROGRAMS:
     raise ValueError(
-        f"config.program must be one of {PROGRAMS}, got {config.program!r}"
+      f"config.program must be one of {PROGRAMS}, got {config.program!r}"
     )
   import jax  # after flags, so that a misspelt key answers at once
 
@@ -105,8 +103,8 @@ def run(argv: list[str]) -> None:
     jax.distributed.initialize()
   if config.compilation_cache_dir:
     jax.config.update(
-        "jax_compilation_cache_dir",
-        os.path.abspath(os.path.expanduser(config.compilation_cache_dir)),
+      "jax_compilation_cache_dir",
+      os.path.abspath(os.path.expanduser(config.compilation_cache_dir)),
     )
   program = importlib.import_module(f"cf_jax.programs.{config.program}")
   program.run(config, workdir)

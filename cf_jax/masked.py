@@ -15,14 +15,14 @@ def _widen(value: jax.Array) -> jax.Array:
 
 
 def masked_sum(
-    value: jax.Array, mask: jax.Array, axis: Axis = None
+  value: jax.Array, mask: jax.Array, axis: Axis = None
 ) -> jax.Array:
   """Sum of the real entries; `mask` broadcasts against `value`."""
   return jnp.sum(jnp.where(mask, _widen(value), 0), axis=axis)
 
 
 def masked_mean(
-    value: jax.Array, mask: jax.Array, axis: Axis = None
+  value: jax.Array, mask: jax.Array, axis: Axis = None
 ) -> jax.Array:
   """Mean of the real entries: `sum / max(count, 1)`."""
   mask = jnp.broadcast_to(mask, value.shape)
@@ -31,7 +31,7 @@ def masked_mean(
 
 
 def masked_std(
-    value: jax.Array, mask: jax.Array, axis: Axis = None, *, ddof: int
+  value: jax.Array, mask: jax.Array, axis: Axis = None, *, ddof: int
 ) -> jax.Array:
   """Standard deviation of the real entries with `count - ddof` below.
 

@@ -19,11 +19,11 @@ from cf_jax.types import Rollout, View
 
 
 def encode_frames(
-    config: model_config.VLMConfig,
-    params: dict,
-    pixel: jax.Array,
-    *,
-    grid: tuple[int, int],
+  config: model_config.VLMConfig,
+  params: dict,
+  pixel: jax.Array,
+  *,
+  grid: tuple[int, int],
 ) -> jax.Array:
   """Visual tokens of every frame of every view, each frame encoded once.
 
@@ -39,8 +39,10 @@ def encode_frames(
   batch, num_frames = pixel.shape[:2]
   with jax.named_scope("vision"):
     token = vlm.encode_vision(
-        config, params, pixel.reshape(batch * num_frames, *pixel.shape[2:]),
-        grid,
+      config,
+      params,
+      pixel.reshape(batch * num_frames, *pixel.shape[2:]),
+      grid,
     )
   return token.reshape(batch, num_frames, *token.shape[1:])
 
@@ -52,12 +54,12 @@ def show(encoded: jax.Array, frame: jax.Array) -> jax.Array:
 
 
 def completion_logprobs(
-    config: model_config.VLMConfig,
-    params: dict,
-    view: View,
-    encoded: jax.Array,
-    rollout: Rollout,
-    banned: jax.Array,
+  config: model_config.VLMConfig,
+  params: dict,
+  view: View,
+  encoded: jax.Array,
+  rollout: Rollout,
+  banned: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Teacher-forced log-probabilities of completions under one view.
 
@@ -80,13 +82,18 @@ def completion_logprobs(
   prompt = view.prompt
   embedded = vlm.embed(config, params, prompt.token, prompt.visual, visual)
   hidden = vlm.packed(
-      config, params, embedded, prompt.position, prompt.mask, rollout.token,
-      rollout.mask,
+    config,
+    params,
+    embedded,
+    prompt.position,
+    prompt.mask,
+    rollout.token,
+    rollout.mask,
   )
   logits = vlm.logits(config, params, hidden)
   logprob, entropy = grpo.token_logprobs(logits, rollout.token, banned)
   zero = jnp.zeros_like(logprob)
   return (
-      jnp.where(rollout.mask, logprob, zero),
-      jnp.where(rollout.mask, entropy, zero),
+    jnp.where(rollout.mask, logprob, zero),
+    jnp.where(rollout.mask, entropy, zero),
   )

@@ -18,7 +18,7 @@ from cf_jax import masked
 
 
 def combine(
-    component: Mapping[str, jax.Array], *, weight: Mapping[str, float]
+  component: Mapping[str, jax.Array], *, weight: Mapping[str, float]
 ) -> jax.Array:
   """`sum_j weight_j * component_j`.
 
@@ -35,18 +35,16 @@ def combine(
   unknown = sorted(set(weight) - set(component))
   if unknown or not weight:
     raise ValueError(
-        f"weights for {unknown or 'nothing'}, but the components are"
-        f" {sorted(component)}; change config.reward.weight"
+      f"weights for {unknown or 'nothing'}, but the components are"
+      f" {sorted(component)}; change config.reward.weight"
     )
   return sum(
-      factor * component[name].astype(jnp.float32)
-      for name, factor in sorted(weight.items())
+    factor * component[name].astype(jnp.float32)
+    for name, factor in sorted(weight.items())
   )
 
 
-def is_correct(
-    accuracy: jax.Array, *, min_accuracy: float = 0.1
-) -> jax.Array:
+def is_correct(accuracy: jax.Array, *, min_accuracy: float = 0.1) -> jax.Array:
   """bool[B, G]: accuracy above 0.1 counts as right (arXiv 2503.21776)."""
   return accuracy > min_accuracy
 
@@ -65,13 +63,13 @@ def answer_logprob(logprob: jax.Array, answer_span: jax.Array) -> jax.Array:
 
 
 def rollout_contrast(
-    logprob: jax.Array,
-    view_logprob: jax.Array,
-    answer_span: jax.Array,
-    *,
-    tau: float,
-    low: float = 0.0,
-    high: float = 1.0,
+  logprob: jax.Array,
+  view_logprob: jax.Array,
+  answer_span: jax.Array,
+  *,
+  tau: float,
+  low: float = 0.0,
+  high: float = 1.0,
 ) -> jax.Array:
   """How much likelier a rollout's answer is with the keyframes in order [ours].
 
@@ -102,16 +100,16 @@ def rollout_contrast(
 
 
 def contrast_bonus(
-    correct: jax.Array,
-    g_shuffled: jax.Array,
-    g_uniform: jax.Array,
-    saliency: jax.Array | None = None,
-    *,
-    alpha_t: float,
-    alpha_c: float,
-    gamma: float,
-    shuffled_mask: jax.Array | None = None,
-    uniform_mask: jax.Array | None = None,
+  correct: jax.Array,
+  g_shuffled: jax.Array,
+  g_uniform: jax.Array,
+  saliency: jax.Array | None = None,
+  *,
+  alpha_t: float,
+  alpha_c: float,
+  gamma: float,
+  shuffled_mask: jax.Array | None = None,
+  uniform_mask: jax.Array | None = None,
 ) -> jax.Array:
   """KF-GRPO's bonus of a correct rollout [ours].
 
@@ -143,12 +141,12 @@ def contrast_bonus(
 
 
 def threshold_bonus(
-    accuracy: jax.Array,
-    view_accuracy: jax.Array,
-    *,
-    mu: float,
-    bonus: float = 0.3,
-    min_accuracy: float = 0.1,
+  accuracy: jax.Array,
+  view_accuracy: jax.Array,
+  *,
+  mu: float,
+  bonus: float = 0.3,
+  min_accuracy: float = 0.1,
 ) -> jax.Array:
   """T-GRPO's bonus (arXiv 2503.21776): one rule for the whole group.
 
@@ -171,7 +169,7 @@ def threshold_bonus(
 
 
 def margin_bonus(
-    correct: jax.Array, view_correct: jax.Array, *, alpha: float
+  correct: jax.Array, view_correct: jax.Array, *, alpha: float
 ) -> jax.Array:
   """`c_i * alpha * (p_K without i - p_V)`, unclipped [ours].
 
@@ -188,19 +186,19 @@ def margin_bonus(
   """
   right = correct.astype(jnp.float32)
   others = (jnp.sum(right, axis=1, keepdims=True) - right) / (
-      right.shape[1] - 1
+    right.shape[1] - 1
   )
   view = jnp.mean(view_correct.astype(jnp.float32), axis=1, keepdims=True)
   return right * alpha * (others - view)
 
 
 def length_bonus(
-    length: jax.Array,
-    correct: jax.Array,
-    *,
-    low: int = 320,
-    high: int = 512,
-    bonus: float = 0.2,
+  length: jax.Array,
+  correct: jax.Array,
+  *,
+  low: int = 320,
+  high: int = 512,
+  bonus: float = 0.2,
 ) -> jax.Array:
   """Video-R1's length bonus (arXiv 2503.21776).
 
@@ -223,7 +221,7 @@ def length_bonus(
 
 
 def overlong_penalty(
-    length: jax.Array, *, max_tokens: int, buffer: int
+  length: jax.Array, *, max_tokens: int, buffer: int
 ) -> jax.Array:
   """DAPO's soft penalty (arXiv 2503.14476, eq. 13), in [-1, 0].
 
@@ -257,7 +255,7 @@ def evidence_saliency(cited: jax.Array, evidence: jax.Array) -> jax.Array:
 
 
 def salient_uncited(
-    cited: jax.Array, saliency: jax.Array, mask: jax.Array
+  cited: jax.Array, saliency: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """The most salient keyframes a rollout does not cite, as many as it cites.
 
@@ -278,10 +276,10 @@ def salient_uncited(
 
 
 def deletion_saliency(
-    without_cited: jax.Array,
-    without_uncited: jax.Array,
-    cited: jax.Array,
-    mask: jax.Array,
+  without_cited: jax.Array,
+  without_uncited: jax.Array,
+  cited: jax.Array,
+  mask: jax.Array,
 ) -> jax.Array:
   """What the cited keyframes are worth to the answer, by deletion [ours].
 

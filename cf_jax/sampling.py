@@ -20,7 +20,7 @@ from cf_jax.types import Prompt, Rollout
 
 
 def filter_logits(
-    logits: jax.Array, *, top_p: jax.Array, top_k: jax.Array
+  logits: jax.Array, *, top_p: jax.Array, top_k: jax.Array
 ) -> jax.Array:
   """Keeps the nucleus and the k best; everything else becomes -inf.
 
@@ -46,24 +46,24 @@ def filter_logits(
 
   # The sort over the vocabulary is paid only where a filter is on.
   return jax.lax.cond(
-      (top_p < 1) | (top_k > 0), keep, lambda logits: logits, logits
+    (top_p < 1) | (top_k > 0), keep, lambda logits: logits, logits
   )
 
 
 def generate(
-    config: model_config.VLMConfig,
-    params: dict,
-    prompt: Prompt,
-    visual: jax.Array,
-    seed: jax.Array,
-    banned: jax.Array,
-    *,
-    num_completions: int,
-    max_tokens: int,
-    eos_id: int,
-    temperature: jax.Array | float = 1.0,
-    top_p: jax.Array | float = 1.0,
-    top_k: jax.Array | int = 0,
+  config: model_config.VLMConfig,
+  params: dict,
+  prompt: Prompt,
+  visual: jax.Array,
+  seed: jax.Array,
+  banned: jax.Array,
+  *,
+  num_completions: int,
+  max_tokens: int,
+  eos_id: int,
+  temperature: jax.Array | float = 1.0,
+  top_p: jax.Array | float = 1.0,
+  top_k: jax.Array | int = 0,
 ) -> Rollout:
   """Samples G completions of every prompt.
 
@@ -93,20 +93,20 @@ def generate(
   with jax.named_scope("prefill"):
     embedded = vlm.embed(config, params, prompt.token, prompt.visual, visual)
     hidden, cache = vlm.prefill(
-        config, params, embedded, prompt.position, prompt.mask
+      config, params, embedded, prompt.position, prompt.mask
     )
     last = jnp.sum(prompt.mask, axis=1) - 1  # [B]
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B,1,D]
     start = 1 + jnp.max(
-        jnp.where(prompt.mask[:, None], prompt.position, 0), axis=(1, 2)
+      jnp.where(prompt.mask[:, None], prompt.position, 0), axis=(1, 2)
     )
 
   shape = (num_videos, num_completions)
   # Row keys: [B, G] typed keys, folded with the slot number at every draw.
   key = jax.vmap(
-      lambda raw: jax.vmap(
-          lambda g: jax.random.fold_in(jax.random.wrap_key_data(raw), g)
-      )(jnp.arange(num_completions))
+    lambda raw: jax.vmap(
+      lambda g: jax.random.fold_in(jax.random.wrap_key_data(raw), g)
+    )(jnp.arange(num_completions))
   )(seed)
 
   def draw(hidden, slot):
@@ -115,11 +115,13 @@ def generate(
     logprobs = jax.nn.log_softmax(grpo.ban(logits, banned), axis=-1)
     scaled = logprobs / jnp.where(temperature > 0, temperature, 1)
     scaled = filter_logits(scaled, top_p=top_p, top_k=top_k)
-    noise = jax.vmap(jax.vmap(
+    noise = jax.vmap(
+      jax.vmap(
         lambda k: jax.random.gumbel(
-            jax.random.fold_in(k, slot), scaled.shape[-1:]
+          jax.random.fold_in(k, slot), scaled.shape[-1:]
         )
-    ))(key)
+      )
+    )(key)
     noisy = jnp.where(temperature > 0, scaled + noise, logprobs)
     token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)
@@ -127,57 +129,70 @@ def generate(
 
   def write(buffer, value, slot):
     return jax.lax.dynamic_update_slice_in_dim(
-        buffer, value[..., None].astype(buffer.dtype), slot, axis=2
+      buffer, value[..., None].astype(buffer.dtype), slot, axis=2
     )
 
   first_token, first_logprob = draw(
-      jnp.broadcast_to(hidden, (*shape, hidden.shape[-1])), 0
+    jnp.broadcast_to(hidden, (*shape, hidden.shape[-1])), 0
   )
-  token = write(jnp.full((*shape, max_tokens), eos_id, jnp.int32),
-                first_token, 0)
-  logprob = write(jnp.zeros((*shape, max_tokens), jnp.float32),
-                  first_logprob, 0)
+  token = write(
+    jnp.full((*shape, max_tokens), eos_id, jnp.int32), first_token, 0
+  )
+  logprob = write(
+    jnp.zeros((*shape, max_tokens), jnp.float32), first_logprob, 0
+  )
   mask = write(jnp.zeros((*shape, max_tokens), bool), jnp.ones(shape, bool), 0)
   carry = dict(
-      slot=jnp.int32(1), token=token, logprob=logprob, mask=mask,
-      done=first_token == eos_id, last=first_token,
-      cache=vlm.init_completion_cache(
-          config, num_videos, num_completions, max_tokens
-      ),
+    slot=jnp.int32(1),
+    token=token,
+    logprob=logprob,
+    mask=mask,
+    done=first_token == eos_id,
+    last=first_token,
+    cache=vlm.init_completion_cache(
+      config, num_videos, num_completions, max_tokens
+    ),
   )
 
   def body(carry):
     slot = carry["slot"]
     position = jnp.broadcast_to(
-        (start + slot - 1)[:, None, None], (num_videos, 3, num_completions)
+      (start + slot - 1)[:, None, None], (num_videos, 3, num_completions)
     )
     hidden, completion_cache = vlm.decode_step(
-        config, params, carry["last"], position, cache, prompt.mask,
-        carry["cache"], slot - 1,
+      config,
+      params,
+      carry["last"],
+      position,
+      cache,
+      prompt.mask,
+      carry["cache"],
+      slot - 1,
     )
     drawn, drawn_logprob = draw(hidden, slot)
     alive = ~carry["done"]
     drawn = jnp.where(alive, drawn, eos_id)
     return dict(
-        slot=slot + 1,
-        token=write(carry["token"], drawn, slot),
-        logprob=write(
-            carry["logprob"], jnp.where(alive, drawn_logprob, 0), slot
-        ),
-        mask=write(carry["mask"], alive, slot),
-        done=carry["done"] | (drawn == eos_id),
-        last=drawn,
-        cache=completion_cache,
+      slot=slot + 1,
+      token=write(carry["token"], drawn, slot),
+      logprob=write(carry["logprob"], jnp.where(alive, drawn_logprob, 0), slot),
+      mask=write(carry["mask"], alive, slot),
+      done=carry["done"] | (drawn == eos_id),
+      last=drawn,
+      cache=completion_cache,
     )
 
   with jax.named_scope("decode"):
     carry = jax.lax.while_loop(
-        lambda carry: (carry["slot"] < max_tokens) & ~jnp.all(carry["done"]),
-        body, carry,
+      lambda carry: (carry["slot"] < max_tokens) & ~jnp.all(carry["done"]),
+      body,
+      carry,
     )
   return Rollout(
-      token=carry["token"], mask=carry["mask"], logprob=carry["logprob"],
-      finished=carry["done"],
+    token=carry["token"],
+    mask=carry["mask"],
+    logprob=carry["logprob"],
+    finished=carry["done"],
   )
 
 
@@ -192,5 +207,5 @@ def row_seeds(rng: jax.Array, sample: jax.Array) -> jax.Array:
     uint32[B, 2].
   """
   return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(rng, i)))(
-      sample
+    sample
   )

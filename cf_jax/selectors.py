@@ -20,7 +20,7 @@ Array = jax.Array
 
 
 def _as_keyframes(
-    embedding: Array, mask: Array, order: Array, score: Array
+  embedding: Array, mask: Array, order: Array, score: Array
 ) -> Keyframes:
   """Keyframes from frame numbers in pick order, T where none was left."""
   size = embedding.shape[0]
@@ -28,9 +28,7 @@ def _as_keyframes(
   order = order.astype(jnp.int32)
   index = jnp.sort(order)
   valid = index < size
-  shown = jnp.where(
-      valid[:, None], feature[jnp.minimum(index, size - 1)], 0
-  )
+  shown = jnp.where(valid[:, None], feature[jnp.minimum(index, size - 1)], 0)
   # Halfway between neighbours; the first and the last reach to the ends.
   last = size - jnp.argmax(mask[::-1])
   first = jnp.argmax(mask)
@@ -39,23 +37,21 @@ def _as_keyframes(
   start = jnp.append(first, halfway[:-1])
   segment = jnp.stack([start, halfway], axis=1)
   return Keyframes(
-      index=index,
-      mask=valid,
-      order=order,
-      weight=(jnp.arange(size) == index[:, None]).astype(feature.dtype),
-      embedding=shown,
-      score=jnp.where(mask, score, 0).astype(feature.dtype),
-      variation=jnp.zeros(size, feature.dtype),
-      saliency=jnp.zeros(index.shape, feature.dtype),
-      segment=jnp.where(valid[:, None], segment, size).astype(jnp.int32),
-      apex=jnp.zeros(size, bool),
-      logprob=jnp.zeros((), feature.dtype),
+    index=index,
+    mask=valid,
+    order=order,
+    weight=(jnp.arange(size) == index[:, None]).astype(feature.dtype),
+    embedding=shown,
+    score=jnp.where(mask, score, 0).astype(feature.dtype),
+    variation=jnp.zeros(size, feature.dtype),
+    saliency=jnp.zeros(index.shape, feature.dtype),
+    segment=jnp.where(valid[:, None], segment, size).astype(jnp.int32),
+    apex=jnp.zeros(size, bool),
+    logprob=jnp.zeros((), feature.dtype),
   )
 
 
-def _open(
-    embedding: Array, mask: Array | None, num_keyframes: int
-) -> Array:
+def _open(embedding: Array, mask: Array | None, num_keyframes: int) -> Array:
   """Checks a selector's arguments and returns the mask."""
   chex.assert_rank(embedding, 2)
   if num_keyframes < 1:
@@ -66,9 +62,7 @@ def _open(
   return mask
 
 
-def _frame_score(
-    embedding: Array, mask: Array, query: Array | None
-) -> Array:
+def _frame_score(embedding: Array, mask: Array, query: Array | None) -> Array:
   """float[T]: cosine with the query where there is one, else variation."""
   if query is None:
     return tad.variation_scores(embedding, mask)
@@ -85,7 +79,7 @@ def _highest(score: Array, mask: Array, num_keyframes: int) -> Array:
 
 
 def uniform(
-    embedding: Array, mask: Array | None = None, *, num_keyframes: int
+  embedding: Array, mask: Array | None = None, *, num_keyframes: int
 ) -> Keyframes:
   """Evenly spaced frames, `tad.uniform_index`."""
   mask = _open(embedding, mask, num_keyframes)
@@ -94,11 +88,11 @@ def uniform(
 
 
 def random(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    rng: Array,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  rng: Array,
 ) -> Keyframes:
   """K different frames, every set equally likely."""
   mask = _open(embedding, mask, num_keyframes)
@@ -108,11 +102,11 @@ def random(
 
 
 def top_k(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    query: Array | None = None,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  query: Array | None = None,
 ) -> Keyframes:
   """The K frames of most variation, or most like a query: float[E]."""
   mask = _open(embedding, mask, num_keyframes)
@@ -122,17 +116,17 @@ def top_k(
 
 
 def all_frames(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int | None = None,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int | None = None,
 ) -> Keyframes:
   """Every frame; K is T, and `num_keyframes` may say so."""
   size = embedding.shape[0]
   if num_keyframes not in (None, size):
     raise ValueError(
-        f"num_keyframes={num_keyframes}, but all_frames shows every frame:"
-        f" expected None or {size}"
+      f"num_keyframes={num_keyframes}, but all_frames shows every frame:"
+      f" expected None or {size}"
     )
   mask = _open(embedding, mask, size)
   order = _highest(jnp.zeros(size), mask, size)
@@ -140,11 +134,11 @@ def all_frames(
 
 
 def k_center(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    median: bool = False,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  median: bool = False,
 ) -> Keyframes:
   """Farthest-first traversal: always the frame least like those picked.
 
@@ -180,13 +174,13 @@ def k_center(
 
 
 def aks(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    query: Array | None = None,
-    threshold: float = 0.8,
-    depth: int = 5,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  query: Array | None = None,
+  threshold: float = 0.8,
+  depth: int = 5,
 ) -> Keyframes:
   """Adaptive keyframe sampling: relevance and coverage by recursive halving.
 

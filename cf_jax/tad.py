@@ -21,7 +21,7 @@ Everything is computed in float32, in float64 for float64 input.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import chex
@@ -89,16 +89,16 @@ def _require_finite(embedding: Array, mask: Array | None) -> None:
     number = int(jnp.sum(bad))
   if number:
     raise ValueError(
-        f"embedding has NaN or inf in {number} of {bad.size} frames;"
-        " expected finite numbers in every real frame. Drop these frames with"
-        " mask=False."
+      f"embedding has NaN or inf in {number} of {bad.size} frames;"
+      " expected finite numbers in every real frame. Drop these frames with"
+      " mask=False."
     )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
   if value not in choices:
     raise ValueError(
-        f"{name}={value!r}, expected one of {', '.join(map(repr, choices))}"
+      f"{name}={value!r}, expected one of {', '.join(map(repr, choices))}"
     )
 
 
@@ -178,13 +178,13 @@ def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
 
 
 def _variation(
-    feature: Array,
-    count: Array,
-    *,
-    metric: str,
-    scales: tuple[int, ...],
-    median: bool,
-    smoothing: float,
+  feature: Array,
+  count: Array,
+  *,
+  metric: str,
+  scales: tuple[int, ...],
+  median: bool,
+  smoothing: float,
 ) -> Array:
   """`variation_scores` of the first `count` frames; the other rows are 0."""
   num_frames = feature.shape[0]
@@ -229,13 +229,13 @@ def _smooth(value: Array, inside: Array, width: float) -> Array:
 
 
 def variation_scores(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    metric: Literal["cosine", "l2"] = "cosine",
-    scales: Sequence[int] = (2, 4),
-    median: bool = True,
-    smoothing: float = 0.0,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  metric: Literal["cosine", "l2"] = "cosine",
+  scales: Sequence[int] = (2, 4),
+  median: bool = True,
+  smoothing: float = 0.0,
 ) -> Array:
   """How different the frames from `t` on are from those before `t`.
 
@@ -271,14 +271,54 @@ def variation_scores(
   feature = _gather(_widen(embedding), mask)
   count = _count(embedding.shape[0], mask)
   score = _variation(
-      feature,
-      count,
-      metric=metric,
-      scales=scales,
-      median=median,
-      smoothing=smoothing,
+    feature,
+    count,
+    metric=metric,
+    scales=scales,
+    median=median,
+    smoothing=smoothing,
   )
   return _spread(score, mask)
+
+
+def score_chunks(
+  chunks: Iterable[Array],
+  *,
+  scales: Sequence[int] = (2, 4),
+  smoothing: float = 0.0,
+  **settings,
+) -> Array:
+  """`variation_scores` of a video that comes in pieces, as a whole would score.
+
+  Only a chunk and `2 max(scales) + 2` frames before it are held at a time.
+  Chunks of one size share one compiled program.
+
+  Args:
+    chunks: float[n, E], n of any size, in order of time.
+    scales: see `variation_scores`.
+    smoothing: see `variation_scores`; done on the whole curve.
+    **settings: the other settings of `variation_scores`.
+
+  Returns:
+    float[T] of all frames.
+  """
+  reach = max(scales) + 1  # frames on either side that a score depends on
+  held, done, scores = None, 0, []
+  settings = dict(settings, scales=tuple(scales))
+  for chunk in chunks:
+    held = chunk if held is None else jnp.concatenate([held, chunk])
+    stop = held.shape[0] - reach
+    if stop > done:
+      scores.append(score_videos(held[None], **settings)[0, done:stop])
+      drop = max(0, stop - reach)
+      held, done = held[drop:], stop - drop
+  if held is None:
+    raise ValueError("no chunk came, expected at least one with a frame")
+  scores.append(score_videos(held[None], **settings)[0, done:])
+  score = jnp.concatenate(scores)
+  if smoothing:
+    score = _smooth(score, jnp.arange(score.shape[0]) > 0, smoothing)
+  return score
 
 
 # Stage 2: inflection detection ------------------------------------------------
@@ -322,7 +362,7 @@ def _keep_apart(peak: Array, value: Array, min_gap: int) -> Array:
   def highest(level, before, after):  # among so many places on either side
     window = (before + after + 1,)
     return jax.lax.reduce_window(
-        level, -jnp.inf, jax.lax.max, window, (1,), ((before, after),)
+      level, -jnp.inf, jax.lax.max, window, (1,), ((before, after),)
     )
 
   def settle(state):
@@ -339,14 +379,14 @@ def _keep_apart(peak: Array, value: Array, min_gap: int) -> Array:
 
 
 def _inflections(
-    value: Array,
-    count: Array,
-    *,
-    gate: float,
-    min_gap: int,
-    strength: str,
-    softness: float,
-    flat: float,
+  value: Array,
+  count: Array,
+  *,
+  gate: float,
+  min_gap: int,
+  strength: str,
+  softness: float,
+  flat: float,
 ) -> tuple[Array, Array]:
   """`detect_inflections` of the first `count` entries."""
   time = jnp.arange(value.shape[0])
@@ -375,14 +415,14 @@ def _inflections(
 
 
 def detect_inflections(
-    variation: Array,
-    mask: Array | None = None,
-    *,
-    gate: float = 4.0,
-    min_gap: int = 3,
-    strength: Literal["soft", "hard"] = "soft",
-    softness: float = 1.0,
-    flat: float = 1e-4,
+  variation: Array,
+  mask: Array | None = None,
+  *,
+  gate: float = 4.0,
+  min_gap: int = 3,
+  strength: Literal["soft", "hard"] = "soft",
+  softness: float = 1.0,
+  flat: float = 1e-4,
 ) -> tuple[Array, Array]:
   """Finds the apexes of the variation curve.
 
@@ -415,13 +455,13 @@ def detect_inflections(
   value = _gather(_widen(variation), mask)
   count = _count(variation.shape[0], mask)
   apex, bend = _inflections(
-      value,
-      count,
-      gate=gate,
-      min_gap=min_gap,
-      strength=strength,
-      softness=softness,
-      flat=flat,
+    value,
+    count,
+    gate=gate,
+    min_gap=min_gap,
+    strength=strength,
+    softness=softness,
+    flat=flat,
   )
   return _spread(apex, mask), _spread(bend, mask)
 
@@ -464,7 +504,7 @@ def uniform_index(mask: Array, num_keyframes: int) -> Array:
 
 
 def _frame_number(
-    index: Array, valid: Array, mask: Array | None, num_frames: int
+  index: Array, valid: Array, mask: Array | None, num_frames: int
 ) -> Array:
   """Positions among the real frames to frame numbers, T where not valid."""
   index = jnp.clip(index, 0, num_frames - 1)
@@ -474,7 +514,7 @@ def _frame_number(
 
 
 def _cut(
-    score: Array, apex: Array, count: Array, num_segments: int
+  score: Array, apex: Array, count: Array, num_segments: int
 ) -> tuple[Array, Array]:
   """Starts and ends of the segments between the best num_segments - 1 apexes.
 
@@ -492,12 +532,12 @@ def _cut(
 
 
 def _keep_novel(
-    start: Array,
-    end: Array,
-    count: Array,
-    score: Array,
-    steady: Array,
-    num_keyframes: int,
+  start: Array,
+  end: Array,
+  count: Array,
+  score: Array,
+  steady: Array,
+  num_keyframes: int,
 ) -> tuple[Array, Array]:
   """K of M segments, the longest first, then always the most novel.
 
@@ -565,7 +605,7 @@ def _share_out(start: Array, end: Array, count: Array):
 
 
 def _soft_rows(
-    logit: Array, support: Array, temperature: float
+  logit: Array, support: Array, temperature: float
 ) -> tuple[Array, Array]:
   """argmax int32[K] and softmax [K, T] of each row over its support."""
   masked_logit = jnp.where(support, logit[None, :], -jnp.inf)
@@ -601,13 +641,13 @@ SHOWN = ("calmest", "middle", "medoid", "first", "apex")
 
 
 def _fitness(
-    feature: Array,
-    steady: Array,
-    variation: Array,
-    count: Array,
-    low: Array,
-    high: Array,
-    shown: str,
+  feature: Array,
+  steady: Array,
+  variation: Array,
+  count: Array,
+  low: Array,
+  high: Array,
+  shown: str,
 ) -> Array:
   """[T] how well each frame stands for its piece; the best one is shown."""
   size = feature.shape[0]
@@ -625,11 +665,11 @@ def _fitness(
   if shown == "middle":
     offset = 2 * time - (low + high - 1)[owner]
     return -jnp.abs(offset) / jnp.maximum(high - low, 1)[owner].astype(
-        feature.dtype
+      feature.dtype
     )
   if shown == "first":
     return (low[owner] - time) / jnp.maximum(high - low, 1)[owner].astype(
-        feature.dtype
+      feature.dtype
     )
   piece = (time >= low[:, None]) & (time < high[:, None])
   mean = _dot(piece.astype(feature.dtype), feature)
@@ -637,22 +677,22 @@ def _fitness(
 
 
 def _distill(
-    feature: Array,
-    variation: Array,
-    apex: Array,
-    strength: Array,
-    extra: Array,
-    count: Array,
-    *,
-    num_keyframes: int,
-    selection: str,
-    rng: Array | None,
-    shown: str,
-    crowded: str,
-    variation_weight: float,
-    apex_weight: float,
-    temperature: float,
-    min_gap: int,
+  feature: Array,
+  variation: Array,
+  apex: Array,
+  strength: Array,
+  extra: Array,
+  count: Array,
+  *,
+  num_keyframes: int,
+  selection: str,
+  rng: Array | None,
+  shown: str,
+  crowded: str,
+  variation_weight: float,
+  apex_weight: float,
+  temperature: float,
+  min_gap: int,
 ) -> dict[str, Array]:
   """`distill_keyframes` of the first `count` frames, frames numbered there."""
   size = feature.shape[0]
@@ -702,7 +742,7 @@ def _distill(
     if shown in ("calmest", "medoid"):
       edge = (high - low + 1) // 4
       central = (time >= (low + edge)[:, None]) & (
-          time < (high - edge)[:, None]
+        time < (high - edge)[:, None]
       )
       support &= central | (even & (time == spaced[:, None]))
     support &= valid[:, None]
@@ -728,15 +768,15 @@ def _distill(
     rank = jnp.argsort(jnp.where(valid, -saliency, jnp.inf), stable=True)
     order = jnp.where(valid[rank], index[rank], size)
   return {
-      "index": index,
-      "mask": valid,
-      "order": order,
-      "weight": weight,
-      "embedding": embedding,
-      "score": score,
-      "saliency": saliency,
-      "segment": jnp.stack([start[segment], end[segment]], axis=1),
-      "logprob": logprob,
+    "index": index,
+    "mask": valid,
+    "order": order,
+    "weight": weight,
+    "embedding": embedding,
+    "score": score,
+    "saliency": saliency,
+    "segment": jnp.stack([start[segment], end[segment]], axis=1),
+    "logprob": logprob,
   }
 
 
@@ -746,26 +786,24 @@ def _forward_zero(value: Array) -> Array:
 
 
 def distill_keyframes(
-    embedding: Array,
-    variation: Array,
-    apex: Array,
-    strength: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    selection: Literal["soft", "straight_through", "stochastic"] = "soft",
-    rng: Array | None = None,
-    shown: Literal[
-        "calmest", "middle", "medoid", "first", "apex"
-    ] = "calmest",
-    crowded: Literal["novelty", "priority"] = "novelty",
-    variation_weight: float = 1.0,
-    apex_weight: float = 1.0,
-    relevance_weight: float = 1.0,
-    query: Array | None = None,
-    bonus: Array | None = None,
-    temperature: float = 1.0,
-    min_gap: int = 3,
+  embedding: Array,
+  variation: Array,
+  apex: Array,
+  strength: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  selection: Literal["soft", "straight_through", "stochastic"] = "soft",
+  rng: Array | None = None,
+  shown: Literal["calmest", "middle", "medoid", "first", "apex"] = "calmest",
+  crowded: Literal["novelty", "priority"] = "novelty",
+  variation_weight: float = 1.0,
+  apex_weight: float = 1.0,
+  relevance_weight: float = 1.0,
+  query: Array | None = None,
+  bonus: Array | None = None,
+  temperature: float = 1.0,
+  min_gap: int = 3,
 ) -> Keyframes:
   """Cuts the video at its best apexes and shows one calm frame of each part.
 
@@ -815,7 +853,7 @@ def distill_keyframes(
   chex.assert_rank([embedding, variation, apex, strength], [2, 1, 1, 1])
   chex.assert_equal_shape([variation, apex, strength])
   _check_choice(
-      "selection", selection, ("soft", "straight_through", "stochastic")
+    "selection", selection, ("soft", "straight_through", "stochastic")
   )
   _check_choice("shown", shown, SHOWN)
   _check_choice("crowded", crowded, ("novelty", "priority"))
@@ -833,38 +871,38 @@ def distill_keyframes(
     extra += _gather(bonus.astype(feature.dtype), mask)
   value = _gather(_widen(variation), mask)
   found = _distill(
-      feature,
-      value,
-      _gather(apex, mask),
-      _gather(_widen(strength), mask),
-      extra,
-      count,
-      num_keyframes=num_keyframes,
-      selection=selection,
-      rng=rng,
-      shown=shown,
-      crowded=crowded,
-      variation_weight=variation_weight,
-      apex_weight=apex_weight,
-      temperature=temperature,
-      min_gap=min_gap,
+    feature,
+    value,
+    _gather(apex, mask),
+    _gather(_widen(strength), mask),
+    extra,
+    count,
+    num_keyframes=num_keyframes,
+    selection=selection,
+    rng=rng,
+    shown=shown,
+    crowded=crowded,
+    variation_weight=variation_weight,
+    apex_weight=apex_weight,
+    temperature=temperature,
+    min_gap=min_gap,
   )
   valid = found["mask"]
   segment = found["segment"]
   first = _frame_number(segment[:, 0], valid, mask, size)
   last = _frame_number(segment[:, 1] - 1, valid, mask, size)
   return Keyframes(
-      index=_frame_number(found["index"], valid, mask, size),
-      mask=valid,
-      order=_frame_number(found["order"], found["order"] < count, mask, size),
-      weight=_spread(found["weight"], mask),
-      embedding=found["embedding"],
-      score=_spread(found["score"], mask),
-      variation=variation,
-      saliency=found["saliency"],
-      segment=jnp.stack([first, jnp.minimum(last + 1, size)], axis=1),
-      apex=apex,
-      logprob=found["logprob"],
+    index=_frame_number(found["index"], valid, mask, size),
+    mask=valid,
+    order=_frame_number(found["order"], found["order"] < count, mask, size),
+    weight=_spread(found["weight"], mask),
+    embedding=found["embedding"],
+    score=_spread(found["score"], mask),
+    variation=variation,
+    saliency=found["saliency"],
+    segment=jnp.stack([first, jnp.minimum(last + 1, size)], axis=1),
+    apex=apex,
+    logprob=found["logprob"],
   )
 
 
@@ -889,12 +927,12 @@ def _available(order: Array, inside: Array, min_gap: int) -> Array:
 
 
 def _draw(
-    score: Array,
-    inside: Array,
-    num_keyframes: int,
-    rng: Array,
-    temperature: float,
-    min_gap: int,
+  score: Array,
+  inside: Array,
+  num_keyframes: int,
+  rng: Array,
+  temperature: float,
+  min_gap: int,
 ) -> Array:
   """int32[K] frames in the order drawn, T where none was left.
 
@@ -918,11 +956,11 @@ def _draw(
 
 
 def _picks_logprob(
-    score: Array,
-    order: Array,
-    inside: Array,
-    temperature: float,
-    min_gap: int,
+  score: Array,
+  order: Array,
+  inside: Array,
+  temperature: float,
+  min_gap: int,
 ) -> Array:
   """`selection_logprob` among the first frames, numbered there."""
   size = score.shape[0]
@@ -932,18 +970,16 @@ def _picks_logprob(
   free |= ~drawn[:, None]  # keeps the unused rows finite
   level = jnp.where(free, logit[None, :], -jnp.inf)
   picked = logit[jnp.minimum(order, size - 1)]
-  return jnp.sum(
-      jnp.where(drawn, picked - jax.nn.logsumexp(level, axis=1), 0)
-  )
+  return jnp.sum(jnp.where(drawn, picked - jax.nn.logsumexp(level, axis=1), 0))
 
 
 def selection_logprob(
-    score: Array,
-    order: Array,
-    mask: Array | None = None,
-    *,
-    temperature: float = 1.0,
-    min_gap: int = 3,
+  score: Array,
+  order: Array,
+  mask: Array | None = None,
+  *,
+  temperature: float = 1.0,
+  min_gap: int = 3,
 ) -> Array:
   """Exact log-probability of a stochastic selection, from its pick order.
 
@@ -970,7 +1006,7 @@ def selection_logprob(
     rank = jnp.append(jnp.cumsum(mask) - 1, size)
     order = rank[order]
   return _picks_logprob(
-      _gather(_widen(score), mask), order, inside, temperature, min_gap
+    _gather(_widen(score), mask), order, inside, temperature, min_gap
   )
 
 
@@ -978,31 +1014,29 @@ def selection_logprob(
 
 
 def select_keyframes(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    num_keyframes: int,
-    selection: Literal["soft", "straight_through", "stochastic"] = "soft",
-    rng: Array | None = None,
-    metric: Literal["cosine", "l2"] = "cosine",
-    scales: Sequence[int] = (2, 4),
-    median: bool = True,
-    smoothing: float = 0.0,
-    gate: float = 4.0,
-    min_gap: int = 3,
-    strength: Literal["soft", "hard"] = "soft",
-    softness: float = 1.0,
-    flat: float = 1e-4,
-    shown: Literal[
-        "calmest", "middle", "medoid", "first", "apex"
-    ] = "calmest",
-    crowded: Literal["novelty", "priority"] = "novelty",
-    variation_weight: float = 1.0,
-    apex_weight: float = 1.0,
-    relevance_weight: float = 1.0,
-    query: Array | None = None,
-    bonus: Array | None = None,
-    temperature: float = 1.0,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  selection: Literal["soft", "straight_through", "stochastic"] = "soft",
+  rng: Array | None = None,
+  metric: Literal["cosine", "l2"] = "cosine",
+  scales: Sequence[int] = (2, 4),
+  median: bool = True,
+  smoothing: float = 0.0,
+  gate: float = 4.0,
+  min_gap: int = 3,
+  strength: Literal["soft", "hard"] = "soft",
+  softness: float = 1.0,
+  flat: float = 1e-4,
+  shown: Literal["calmest", "middle", "medoid", "first", "apex"] = "calmest",
+  crowded: Literal["novelty", "priority"] = "novelty",
+  variation_weight: float = 1.0,
+  apex_weight: float = 1.0,
+  relevance_weight: float = 1.0,
+  query: Array | None = None,
+  bonus: Array | None = None,
+  temperature: float = 1.0,
 ) -> Keyframes:
   """Chooses K keyframes of one video: the three stages in a row.
 
@@ -1038,54 +1072,54 @@ def select_keyframes(
     keyframes the uniform ones; outside jit it is an error.
   """
   variation = variation_scores(
-      embedding,
-      mask,
-      metric=metric,
-      scales=scales,
-      median=median,
-      smoothing=smoothing,
+    embedding,
+    mask,
+    metric=metric,
+    scales=scales,
+    median=median,
+    smoothing=smoothing,
   )
   apex, bend = detect_inflections(
-      variation,
-      mask,
-      gate=gate,
-      min_gap=min_gap,
-      strength=strength,
-      softness=softness,
-      flat=flat,
+    variation,
+    mask,
+    gate=gate,
+    min_gap=min_gap,
+    strength=strength,
+    softness=softness,
+    flat=flat,
   )
   return distill_keyframes(
-      embedding,
-      variation,
-      apex,
-      bend,
-      mask,
-      num_keyframes=num_keyframes,
-      selection=selection,
-      rng=rng,
-      shown=shown,
-      crowded=crowded,
-      variation_weight=variation_weight,
-      apex_weight=apex_weight,
-      relevance_weight=relevance_weight,
-      query=query,
-      bonus=bonus,
-      temperature=temperature,
-      min_gap=min_gap,
+    embedding,
+    variation,
+    apex,
+    bend,
+    mask,
+    num_keyframes=num_keyframes,
+    selection=selection,
+    rng=rng,
+    shown=shown,
+    crowded=crowded,
+    variation_weight=variation_weight,
+    apex_weight=apex_weight,
+    relevance_weight=relevance_weight,
+    query=query,
+    bonus=bonus,
+    temperature=temperature,
+    min_gap=min_gap,
   )
 
 
 _STATIC = (
-    "num_keyframes",
-    "selection",
-    "metric",
-    "scales",
-    "median",
-    "smoothing",
-    "min_gap",
-    "strength",
-    "shown",
-    "crowded",
+  "num_keyframes",
+  "selection",
+  "metric",
+  "scales",
+  "median",
+  "smoothing",
+  "min_gap",
+  "strength",
+  "shown",
+  "crowded",
 )
 
 
@@ -1093,20 +1127,20 @@ _STATIC = (
 def _select_batch(embedding, mask, rng, query, bonus, **settings):
   def one(embedding, mask, rng, query, bonus):
     return select_keyframes(
-        embedding, mask, rng=rng, query=query, bonus=bonus, **settings
+      embedding, mask, rng=rng, query=query, bonus=bonus, **settings
     )
 
   return jax.vmap(one)(embedding, mask, rng, query, bonus)
 
 
 def select_videos(
-    embedding: Array,
-    mask: Array | None = None,
-    *,
-    rng: Array | None = None,
-    query: Array | None = None,
-    bonus: Array | None = None,
-    **settings,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  rng: Array | None = None,
+  query: Array | None = None,
+  bonus: Array | None = None,
+  **settings,
 ) -> Keyframes:
   """`select_keyframes` of a batch, jit-compiled.
 
@@ -1137,7 +1171,7 @@ def _score_batch(embedding, mask, **settings):
 
 
 def score_videos(
-    embedding: Array, mask: Array | None = None, **settings
+  embedding: Array, mask: Array | None = None, **settings
 ) -> Array:
   """`variation_scores` of a batch, jit-compiled: [B, T, E] to [B, T]."""
   chex.assert_rank(embedding, 3)
@@ -1201,8 +1235,8 @@ def pixel_descriptor(frames: Array) -> Array:
   *lead, height, width, _ = frames.shape
   if min(height, width) < _GRID:
     raise ValueError(
-        f"frames of {height} x {width} px, expected at least {_GRID} px a side:"
-        " scan larger frames"
+      f"frames of {height} x {width} px, expected at least {_GRID} px a side:"
+      " scan larger frames"
     )
   flat = frames.reshape((-1, height, width, 3))
   # Blocks of frames that stay in cache: the soft bins take 14 floats a pixel.

@@ -23,13 +23,13 @@ from cf_jax.data import patches, pipeline, prompts, records
 from cf_jax.types import Keyframes, Prompt, View
 
 ARMS = (
-    "keyframes",  # TAD's frames in order
-    "uniform",  # evenly spaced frames in order
-    "shuffled",  # TAD's frames in a random order that is not the identity
-    "reversed",  # TAD's frames backwards
-    "single",  # the middle one of the uniform frames, alone
-    "times",  # TAD's time labels over blank frames
-    "blind",  # no frames
+  "keyframes",  # TAD's frames in order
+  "uniform",  # evenly spaced frames in order
+  "shuffled",  # TAD's frames in a random order that is not the identity
+  "reversed",  # TAD's frames backwards
+  "single",  # the middle one of the uniform frames, alone
+  "times",  # TAD's time labels over blank frames
+  "blind",  # no frames
 )
 
 
@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
 
 
 def permute_slots(
-    num_valid: int, num_slots: int, rng: np.random.Generator
+  num_valid: int, num_slots: int, rng: np.random.Generator
 ) -> np.ndarray:
   """A random order of the first `num_valid` slots that is not the identity.
 
@@ -78,7 +78,7 @@ def permute_slots(
 
 
 def make_selector(
-    *, descriptor: str, encode: Callable | None = None, **settings
+  *, descriptor: str, encode: Callable | None = None, **settings
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Keyframes, jax.Array]]:
   """The jitted scan: small frames -> keyframes and uniform frame numbers.
 
@@ -96,19 +96,19 @@ def make_selector(
   elif descriptor == "vision":
     if encode is None:
       raise ValueError(
-          "config.scan.descriptor='vision' needs the policy's vision tower,"
-          " got none; set it to 'pixels'"
+        "config.scan.descriptor='vision' needs the policy's vision tower,"
+        " got none; set it to 'pixels'"
       )
     embed = encode
   else:
     raise ValueError(
-        f"descriptor must be 'pixels' or 'vision', got {descriptor!r}; change"
-        " config.scan.descriptor"
+      f"descriptor must be 'pixels' or 'vision', got {descriptor!r}; change"
+      " config.scan.descriptor"
     )
   num_keyframes = settings["num_keyframes"]
-  uniform = jax.jit(jax.vmap(
-      functools.partial(tad.uniform_index, num_keyframes=num_keyframes)
-  ))
+  uniform = jax.jit(
+    jax.vmap(functools.partial(tad.uniform_index, num_keyframes=num_keyframes))
+  )
 
   def select(scan, mask):
     keyframes = tad.select_videos(embed(scan), jnp.asarray(mask), **settings)
@@ -133,17 +133,17 @@ class ViewMaker:
   """
 
   def __init__(
-      self,
-      tokenizer: prompts.Tokenizer,
-      select: Callable,
-      reader: pipeline.FrameReader,
-      *,
-      prompt: dict,
-      max_prompt_tokens: int,
-      patch: tuple[int, int, int],
-      num_keyframes: int,
-      num_shuffles: int,
-      seed: int,
+    self,
+    tokenizer: prompts.Tokenizer,
+    select: Callable,
+    reader: pipeline.FrameReader,
+    *,
+    prompt: dict,
+    max_prompt_tokens: int,
+    patch: tuple[int, int, int],
+    num_keyframes: int,
+    num_shuffles: int,
+    seed: int,
   ):
     self._tokenizer = tokenizer
     self._select = select
@@ -154,16 +154,18 @@ class ViewMaker:
     self._num_keyframes = num_keyframes
     self._num_shuffles = num_shuffles
     self._seed = seed
+    self._memory = {}
     height, width = reader.size_px
     self.grid = patches.grid_of(
-        height, width, patch=self._patch_size, merge=self._merge
+      height, width, patch=self._patch_size, merge=self._merge
     )
     self.merged_grid = (
-        self.grid[0] // self._merge, self.grid[1] // self._merge
+      self.grid[0] // self._merge,
+      self.grid[1] // self._merge,
     )
 
   def __call__(
-      self, batch: pipeline.Batch, arms: Sequence[str], *, draw: int = 0
+    self, batch: pipeline.Batch, arms: Sequence[str], *, draw: int = 0
   ) -> Prepared:
     """Selects, decodes and words the views of a batch.
 
@@ -178,9 +180,7 @@ class ViewMaker:
     unknown = sorted(set(arms) - set(ARMS))
     if unknown:
       raise ValueError(f"unknown arms {unknown}; choose from {ARMS}")
-    keyframes, uniform = jax.device_get(
-        self._select(batch.scan, batch.scan_mask)
-    )
+    keyframes, uniform = self._selected(batch)
     uniform_mask = uniform < batch.scan_mask.shape[1]
     scanned = np.concatenate([keyframes.index, uniform], axis=1)  # [B, 2K]
     mask = np.concatenate([keyframes.mask, uniform_mask], axis=1)
@@ -190,8 +190,10 @@ class ViewMaker:
     blank = np.full_like(frames[:, :1], 128)
     frames = np.concatenate([frames, blank], axis=1)  # [B, N, h, w, 3]
     pixel = patches.frames_to_patches(
-        frames.reshape(-1, *frames.shape[2:]), patch=self._patch_size,
-        merge=self._merge, temporal=self._temporal,
+      frames.reshape(-1, *frames.shape[2:]),
+      patch=self._patch_size,
+      merge=self._merge,
+      temporal=self._temporal,
     )
     pixel = pixel.reshape(*frames.shape[:2], *pixel.shape[1:])
     time_s = np.where(mask, batch.scan_time_s[rows, safe], np.nan)
@@ -204,8 +206,8 @@ class ViewMaker:
       """A view with the time labels of frames [first, first + K)."""
       window = slice(first, first + num_slots)
       return View(
-          prompt=self._prompts(batch, time_s[:, window], mask[:, window]),
-          frame=np.broadcast_to(frame, (len(everyone), num_slots)),
+        prompt=self._prompts(batch, time_s[:, window], mask[:, window]),
+        frame=np.broadcast_to(frame, (len(everyone), num_slots)),
       )
 
     num_valid = keyframes.mask.sum(axis=1)
@@ -217,65 +219,95 @@ class ViewMaker:
       elif arm == "uniform":
         made[arm] = view(num_slots, slots + num_slots)
       elif arm == "reversed":
-        order = np.stack([
-            np.concatenate([slots[:n][::-1], slots[n:]]) for n in num_valid
-        ])
+        order = np.stack(
+          [np.concatenate([slots[:n][::-1], slots[n:]]) for n in num_valid]
+        )
         made[arm] = by_keyframes.replace(frame=order)
       elif arm == "shuffled":
         for m in range(self._num_shuffles):
-          order = np.stack([
-              permute_slots(n, num_slots, np.random.default_rng(
-                  [self._seed, draw, int(sample), m]
-              ))
+          order = np.stack(
+            [
+              permute_slots(
+                n,
+                num_slots,
+                np.random.default_rng([self._seed, draw, int(sample), m]),
+              )
               for n, sample in zip(num_valid, batch.sample_index, strict=True)
-          ])
+            ]
+          )
           made[arm if m == 0 else f"{arm}_{m}"] = by_keyframes.replace(
-              frame=order
+            frame=order
           )
       elif arm == "single":
         middle = num_slots + uniform_mask.sum(axis=1) // 2
         one = np.take_along_axis(time_s, middle[:, None], axis=1)
         made[arm] = View(
-            prompt=self._prompts(batch, one, everyone[:, None]),
-            frame=np.broadcast_to(
-                middle[:, None], (len(everyone), num_slots)
-            ).astype(np.int32),
+          prompt=self._prompts(batch, one, everyone[:, None]),
+          frame=np.broadcast_to(
+            middle[:, None], (len(everyone), num_slots)
+          ).astype(np.int32),
         )
       elif arm == "times":
         made[arm] = by_keyframes.replace(
-            frame=np.full_like(by_keyframes.frame, 2 * num_slots)
+          frame=np.full_like(by_keyframes.frame, 2 * num_slots)
         )
       else:  # blind
         made[arm] = View(
-            prompt=self._prompts(
-                batch, time_s[:, :0], mask[:, :0]
-            ),
-            frame=np.broadcast_to(slots, (len(everyone), num_slots)),
+          prompt=self._prompts(batch, time_s[:, :0], mask[:, :0]),
+          frame=np.broadcast_to(slots, (len(everyone), num_slots)),
         )
     return Prepared(
-        batch=batch, keyframes=keyframes, frames=frames, pixel=pixel,
-        frame_time_s=time_s, frame_mask=mask, view=made,
-        can_shuffle=num_valid >= 2,
+      batch=batch,
+      keyframes=keyframes,
+      frames=frames,
+      pixel=pixel,
+      frame_time_s=time_s,
+      frame_mask=mask,
+      view=made,
+      can_shuffle=num_valid >= 2,
     )
 
-  def count_tokens(
-      self, sample: records.Sample, *, duration_s: float
-  ) -> int:
+  def _selected(self, batch: pipeline.Batch) -> tuple[Keyframes, np.ndarray]:
+    """Keyframes and uniform frames; a video is scored once, then remembered.
+
+    The selector has no weights that training changes, so a video's keyframes
+    hold for the run. All of a batch is scored where one of it is new, which
+    keeps the shapes of the jitted scan fixed.
+    """
+    keys = [
+      (sample.video, int(mask.sum()))
+      for sample, mask in zip(batch.samples, batch.scan_mask, strict=True)
+    ]
+    if not all(key in self._memory for key in keys):
+      scored = jax.device_get(self._select(batch.scan, batch.scan_mask))
+      for row, key in enumerate(keys):
+        self._memory[key] = jax.tree.map(lambda leaf, i=row: leaf[i], scored)
+    return jax.tree.map(
+      lambda *leaves: np.stack(leaves), *(self._memory[key] for key in keys)
+    )
+
+  def count_tokens(self, sample: records.Sample, *, duration_s: float) -> int:
     """Most slots of a sample's prompt, for a video of `duration_s` seconds."""
     return prompts.count_tokens(
-        self._tokenizer, sample.question, sample.options,
-        num_frames=self._num_keyframes, duration_s=duration_s,
-        grid=self.merged_grid, **self._prompt,
+      self._tokenizer,
+      sample.question,
+      sample.options,
+      num_frames=self._num_keyframes,
+      duration_s=duration_s,
+      grid=self.merged_grid,
+      **self._prompt,
     )
 
   def _prompts(self, batch, time_s, mask) -> Prompt:
     rows = [
-        prompts.build_prompt(
-            self._tokenizer, sample.question, sample.options,
-            frame_time_s=seconds[real], grid=self.merged_grid, **self._prompt,
-        )
-        for sample, seconds, real in zip(
-            batch.samples, time_s, mask, strict=True
-        )
+      prompts.build_prompt(
+        self._tokenizer,
+        sample.question,
+        sample.options,
+        frame_time_s=seconds[real],
+        grid=self.merged_grid,
+        **self._prompt,
+      )
+      for sample, seconds, real in zip(batch.samples, time_s, mask, strict=True)
     ]
     return Prompt(**prompts.pad_prompts(rows, self._max_prompt_tokens))

@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; `arg` is None or "smoke"."""
   if arg not in (None, "smoke"):
     raise ValueError(
-        f"configs/kfgrpo_cpu.py takes no argument or :smoke, got {arg!r}"
+      f"configs/kfgrpo_cpu.py takes no argument or :smoke, got {arg!r}"
     )
   config = ml_collections.ConfigDict()
   config.program = "train"
@@ -32,115 +32,141 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # -- data
   config.data = dict(
-      # "synthetic", "jsonl:FILE", or "jsonl:FOLDER" with
-      # train.jsonl, dev.jsonl, test.jsonl
-      source="synthetic",
-      cache_dir="~/.cache/cf_jax/data",  # generated sets, by settings hash
-      seed=0,  # of the generator
-      max_skip_fraction=0.01,  # share of unreadable videos that stops a run
+    # "synthetic", "jsonl:FILE", or "jsonl:FOLDER" with
+    # train.jsonl, dev.jsonl, test.jsonl
+    source="synthetic",
+    cache_dir="~/.cache/cf_jax/data",  # generated sets, by settings hash
+    seed=0,  # of the generator
+    max_skip_fraction=0.01,  # share of unreadable videos that stops a run
   )
   config.data.synthetic = dict(
-      num_train=2048,  # videos
-      num_dev=192,
-      num_test=768,
-      num_frames=96,
-      fps=8.0,
-      size_px=64,
-      tasks=("needle", "order", "count"),
+    num_train=2048,  # videos
+    num_dev=192,
+    num_test=768,
+    num_frames=96,
+    fps=8.0,
+    size_px=64,
+    tasks=("needle", "order", "count"),
   )
   config.data.loader = dict(
-      scan_frames=96,  # T: frames that TAD looks at
-      scan_size_px=(32, 32),  # height, width of the scan
-      num_workers=0,  # grain worker processes; 0 reads in this one
-      shuffle=True,
+    scan_frames=96,  # T: frames that TAD looks at
+    scan_size_px=(32, 32),  # height, width of the scan
+    num_workers=0,  # grain worker processes; 0 reads in this one
+    shuffle=True,
   )
   config.data.reader = dict(
-      size_px=(56, 56),  # height, width at which keyframes are encoded
-      cache_mib=512,  # decoded frames kept in memory
-      num_threads=2,
+    size_px=(56, 56),  # height, width at which keyframes are encoded
+    cache_mib=512,  # decoded frames kept in memory
+    num_threads=2,
   )
 
   # -- selection (DESIGN: the scan and the encoding are separate settings)
   config.scan = dict(descriptor="pixels")  # or "vision": the policy's tower
-  # Gate and scales are lower than tad's defaults: an event is 4 to 6 frames.
-  config.tad = dict(
-      num_keyframes=8, selection="soft", scales=(2, 4), gate=3.0, min_gap=4
-  )
+  config.tad = dict(num_keyframes=8, selection="soft")
 
   # -- prompts and policy
   config.tokenizer = "tiny"  # or a folder with tokenizer.json
   config.prompt = dict(max_tokens=120)  # S; a longer prompt is an error
   config.prompt.build = dict(
-      show_time=True,  # each keyframe is preceded by its time as text
-      time_format="{:.0f}s",
-      question_template="{question}{options}",
-      tokens_per_second=2,  # M-RoPE time positions
+    show_time=True,  # each keyframe is preceded by its time as text
+    time_format="{:.0f}s",
+    question_template="{question}{options}",
+    tokens_per_second=2,  # M-RoPE time positions
   )
-  config.model = dict(size="tiny", scan_unroll=4)
+  config.model = dict(
+    size="tiny",  # fields of models/config.py may follow
+    scan_unroll=4,
+  )
 
   # -- cold start
   config.sft = dict(
-      max_steps=500,
-      batch_size=32,
-      # What the target answers with. So small a policy learns to name an option
-      # long before it learns to look up its letter; both are read.
-      answer_form="text",
-      stop_accuracy=0.5,  # dev accuracy (greedy) at which the cold start ends
-      eval_every=25,  # updates
-      checkpoint_every=100,
+    max_steps=500,
+    batch_size=32,
+    # What the target answers with. So small a policy learns to name an option
+    # long before it learns to look up its letter; both are read.
+    answer_form="text",
+    stop_accuracy=0.5,  # dev accuracy (greedy) at which the cold start ends
+    eval_every=25,  # updates
+    checkpoint_every=100,
   )
   config.sft.optim = dict(
-      learning_rate=2e-3, schedule="constant", warmup_steps=50,
-      total_steps=500, weight_decay=0.01, max_grad_norm=1.0, b1=0.9, b2=0.98,
-      eps=1e-8, frozen=(), no_decay=(r"(bias|scale)$",),
+    learning_rate=2e-3,
+    schedule="constant",
+    warmup_steps=50,
+    total_steps=500,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    b1=0.9,
+    b2=0.98,
+    eps=1e-8,
+    frozen=(),
+    no_decay=(r"(bias|scale)$",),
   )
 
   # -- KF-GRPO (arXiv 2509.15800; the formulas are ours, see docs/method.md)
   config.rl = dict(
-      steps=150,
-      prompts_per_step=16,  # B
-      log_every=1,
-      checkpoint_every=50,
+    steps=150,
+    prompts_per_step=16,  # B
+    log_every=1,
+    checkpoint_every=50,
   )
   config.sampling = dict(
-      num_completions=8,  # G
-      max_tokens=10,  # C
-      temperature=1.0,
-      top_p=1.0,
-      top_k=0,
+    num_completions=8,  # G
+    max_tokens=12,  # C
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
   )
   config.reward = dict(weight=dict(accuracy=1.0, format=0.2))
   config.contrast = dict(
-      num_shuffles=2,  # M permutations behind p_S
-      alpha_t=0.3,  # temporal bonus (shuffled view)
-      alpha_c=0.3,  # content bonus (uniform view)
-      gamma=0.5,  # saliency factor
-      tau=1.0,  # nats
+    num_shuffles=2,  # M permutations behind p_S
+    alpha_t=0.3,  # temporal bonus (shuffled view)
+    alpha_c=0.3,  # content bonus (uniform view)
+    gamma=0.5,  # saliency factor
+    tau=1.0,  # nats
   )
   config.advantage = dict(scale="none", baseline="mean", ddof=1, eps=1e-4)
   config.loss = dict(
-      clip_low=0.2, clip_high=0.2, aggregate="sequence_mean",
-      kl_weight=0.04, kl_kind="k3",
+    clip_low=0.2,
+    clip_high=0.2,
+    aggregate="sequence_mean",
+    kl_weight=0.04,
+    kl_kind="k3",
   )
   config.rl.optim = dict(
-      learning_rate=2e-4, schedule="constant", warmup_steps=10,
-      total_steps=150, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.98,
-      eps=1e-8, frozen=(), no_decay=(r"(bias|scale)$",),
+    learning_rate=2e-4,
+    schedule="constant",
+    warmup_steps=10,
+    total_steps=150,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    b1=0.9,
+    b2=0.98,
+    eps=1e-8,
+    frozen=(),
+    no_decay=(r"(bias|scale)$",),
   )
 
   # -- what is kept and shown
   config.checkpoint = dict(keep=2)
   config.evaluation = dict(
-      batch_size=64,
-      arms=("keyframes", "uniform", "shuffled", "reversed", "single", "times",
-            "blind"),
+    batch_size=64,
+    arms=(
+      "keyframes",
+      "uniform",
+      "shuffled",
+      "reversed",
+      "single",
+      "times",
+      "blind",
+    ),
   )
   config.report = dict(num_film_strips=6, num_rollouts=8, probe_videos=300)
 
   if arg == "smoke":
     config.data.synthetic.update(num_train=64, num_dev=16, num_test=48)
     config.sft.update(
-        max_steps=6, batch_size=8, eval_every=3, checkpoint_every=3
+      max_steps=6, batch_size=8, eval_every=3, checkpoint_every=3
     )
     config.rl.update(steps=4, prompts_per_step=4, checkpoint_every=2)
     config.sampling.num_completions = 4

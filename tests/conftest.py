@@ -38,9 +38,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def load_config(path: str, arg: str | None = None) -> ml_collections.ConfigDict:
-  """A config as the flag gives it; `path` is relative to the repository."""
-  parser = config_flags.config_flags._ConfigFileParser(name="config")
+  """A config, unlocked; `path` is relative to the repository."""
+  parser = config_flags.config_flags._ConfigFileParser(
+    name="config", lock_config=False
+  )
   return parser.parse(str(ROOT / path) + (f":{arg}" if arg else ""))
+
+
+def init_params(model: model_config.VLMConfig) -> dict:
+  """Fresh parameters, in one program instead of a hundred."""
+  return jax.jit(lambda: vlm.init(model, jax.random.key(0)))()
 
 
 @pytest.fixture(scope="session")
@@ -52,28 +59,38 @@ def cache_dir(tmp_path_factory):
 
 
 def shrink(
-    config: ml_collections.ConfigDict, cache_dir
+  config: ml_collections.ConfigDict, cache_dir
 ) -> ml_collections.ConfigDict:
-  """The same run at the smallest size: 48 short videos, one narrow layer."""
+  """The same run at the smallest size: 34 short videos, one narrow layer."""
   config.data.cache_dir = str(cache_dir)
   config.data.synthetic.update(
-      num_train=16, num_dev=6, num_test=10, num_frames=64
+    num_train=16, num_dev=8, num_test=10, num_frames=64
   )
   config.data.loader.scan_frames = 64
   config.data.reader.update(size_px=(28, 56), cache_mib=16, num_threads=1)
   config.tad.num_keyframes = 4
   config.prompt.max_tokens = 96
   config.model = dict(
-      size="tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-      mrope_section=(1, 2, 1),
-      vision=dict(
-          depth=1, hidden_size=16, intermediate_size=24, num_heads=2,
-          out_hidden_size=32, fullatt_block_indexes=(0,),
-      ),
+    size="tiny",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    mrope_section=(1, 2, 1),
+    vision=dict(
+      depth=1,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      fullatt_block_indexes=(0,),
+    ),
   )
   config.sft.update(
-      max_steps=4, batch_size=4, stop_accuracy=1.1, eval_every=2,
-      checkpoint_every=2,
+    max_steps=4,
+    batch_size=4,
+    stop_accuracy=1.1,
+    eval_every=2,
+    checkpoint_every=2,
   )
   config.rl.update(steps=4, prompts_per_step=4, checkpoint_every=2)
   config.sampling.update(num_completions=2, max_tokens=12)
@@ -96,7 +113,7 @@ def write_video():
   def write(path, frames, fps=4.0):
     height, width = frames.shape[1:3]
     writer = cv2.VideoWriter(
-        str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height)
+      str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height)
     )
     assert writer.isOpened()
     for frame in frames:
@@ -114,8 +131,11 @@ def with_devices():
   def run(count, script, *args):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count"
     ran = subprocess.run(
-        [sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True,
-        text=True, env=os.environ | {"XLA_FLAGS": f"{flags}={count}"},
+      [sys.executable, "-c", script, *args],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      env=os.environ | {"XLA_FLAGS": f"{flags}={count}"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout
@@ -152,12 +172,21 @@ class Scene(NamedTuple):
 @pytest.fixture(scope="session")
 def scene():
   config = model_config.make(
-      size="tiny", vocab_size=40, hidden_size=32, intermediate_size=48,
-      num_hidden_layers=2, mrope_section=(1, 2, 1),
-      vision=dict(
-          depth=2, hidden_size=16, intermediate_size=24, num_heads=2,
-          out_hidden_size=32, patch_size=2, window_size=8,
-      ),
+    size="tiny",
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    mrope_section=(1, 2, 1),
+    vision=dict(
+      depth=2,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      patch_size=2,
+      window_size=8,
+    ),
   )
   rng = np.random.default_rng(0)
 
@@ -175,18 +204,22 @@ def scene():
   position[:, 1:, 1:9] = 1 + np.stack([np.arange(8) % 4 // 2, np.arange(8) % 2])
   position[:, :, 9:] = 5 + np.arange(S - 9)
   view = View(
-      prompt=Prompt(
-          token=jnp.asarray(rng.integers(0, 40, (B, S)), jnp.int32),
-          mask=jnp.asarray(mask),
-          position=jnp.asarray(np.where(mask[:, None], position, 0)),
-          visual=jnp.asarray(np.where(mask, visual, -1)),
-      ),
-      frame=jnp.asarray(np.tile(np.arange(K), (B, 1))),
+    prompt=Prompt(
+      token=jnp.asarray(rng.integers(0, 40, (B, S)), jnp.int32),
+      mask=jnp.asarray(mask),
+      position=jnp.asarray(np.where(mask[:, None], position, 0)),
+      visual=jnp.asarray(np.where(mask, visual, -1)),
+    ),
+    frame=jnp.asarray(np.tile(np.arange(K), (B, 1))),
   )
   pixel = rng.normal(size=(B, 3, 4 * P, config.vision.patch_dim))
   banned = np.zeros(40, bool)
   banned[[0, 7, 39]] = True
   return Scene(
-      config, params, (4, 4), jnp.asarray(pixel, jnp.float32), view,
-      jnp.asarray(banned),
+    config,
+    params,
+    (4, 4),
+    jnp.asarray(pixel, jnp.float32),
+    view,
+    jnp.asarray(banned),
   )

@@ -31,36 +31,40 @@ every = pytest.mark.parametrize(("path", "arg"), list(variants()))
 
 def _optimizer(**settings):
   shapes = jax.eval_shape(
-      lambda: vlm.init(model_config.tiny(), jax.random.key(0))
+    lambda: vlm.init(model_config.tiny(), jax.random.key(0))
   )
   return optim.make_optimizer(shapes, **settings)
 
 
 # Subtree -> the function whose keywords it is, and what the program gives.
 BINDS = {
-    "mesh": (sharding.make_mesh, (), {}),
-    "data.synthetic": (synthetic.ensure, ("cache",), {"seed": 0}),
-    "data.loader": (
-        pipeline.make_loader, ([],),
-        dict(batch_size=1, seed=0, max_skip_fraction=0.0, shard_index=0,
-             shard_count=1),
+  "mesh": (sharding.make_mesh, (), {}),
+  "data.synthetic": (synthetic.ensure, ("cache",), {"seed": 0}),
+  "data.loader": (
+    pipeline.make_loader,
+    ([],),
+    dict(
+      batch_size=1, seed=0, max_skip_fraction=0.0, shard_index=0, shard_count=1
     ),
-    "data.reader": (pipeline.FrameReader, (), {}),
-    "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
-    "tad": (tad.select_keyframes, (None,), {}),
-    "prompt.build": (
-        prompts.build_prompt, (None, "", ()), dict(frame_time_s=(), grid=(1, 1))
-    ),
-    "model": (model_config.make, (), {"vocab_size": 1}),
-    "sampling": (sampling.generate, (None,) * 6, {"eos_id": 0}),
-    "reward": (rewards.combine, ({},), {}),
-    "contrast": (rewards.contrast_bonus, (None,) * 4, {"shuffled_mask": None}),
-    "advantage": (grpo.group_advantages, (None,), {}),
-    "loss": (grpo.policy_loss, (None,) * 6, {}),
-    "sft.optim": (_optimizer, (), {}),
-    "rl.optim": (_optimizer, (), {}),
-    "checkpoint": (checkpoint.Checkpoints, ("folder",), {}),
-    "evaluation": (evaluate.Evaluator, (None, []), {"max_tokens": 1}),
+  ),
+  "data.reader": (pipeline.FrameReader, (), {}),
+  "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
+  "tad": (tad.select_keyframes, (None,), {}),
+  "prompt.build": (
+    prompts.build_prompt,
+    (None, "", ()),
+    dict(frame_time_s=(), grid=(1, 1)),
+  ),
+  "model": (model_config.make, (), {"vocab_size": 1}),
+  "sampling": (sampling.generate, (None,) * 6, {"eos_id": 0}),
+  "reward": (rewards.combine, ({},), {}),
+  "contrast": (rewards.contrast_bonus, (None,) * 4, {"shuffled_mask": None}),
+  "advantage": (grpo.group_advantages, (None,), {}),
+  "loss": (grpo.policy_loss, (None,) * 6, {}),
+  "sft.optim": (_optimizer, (), {}),
+  "rl.optim": (_optimizer, (), {}),
+  "checkpoint": (checkpoint.Checkpoints, ("folder",), {}),
+  "evaluation": (evaluate.Evaluator, (None, []), {"max_tokens": 1}),
 }
 # Read key by key by the programs (test_train.py checks that each is read).
 PLAIN = ("", "data", "prompt", "sft", "rl", "report", "reward.weight")
@@ -99,21 +103,25 @@ def test_every_subtree_binds(path, arg):
     if name in PLAIN or name.startswith("model."):
       continue
     assert name in BINDS, (
-        f"{path} has {name}: name the function that takes it in BINDS"
+      f"{path} has {name}: name the function that takes it in BINDS"
     )
     function, args, given = BINDS[name]
     settings = {
-        key: value for key, value in subtree.items()
-        if key not in ELSEWHERE.get(name, ()) and (
-            not isinstance(value, ml_collections.ConfigDict)
-            or name not in PLAIN and f"{name}.{key}" not in BINDS
-        )
+      key: value
+      for key, value in subtree.items()
+      if key not in ELSEWHERE.get(name, ())
+      and (
+        not isinstance(value, ml_collections.ConfigDict)
+        or name not in PLAIN
+        and f"{name}.{key}" not in BINDS
+      )
     }
     signature = inspect.signature(function)
     bound = signature.bind(*args, **settings, **given).arguments
     catch_all = [
-        parameter.name for parameter in signature.parameters.values()
-        if parameter.kind == parameter.VAR_KEYWORD
+      parameter.name
+      for parameter in signature.parameters.values()
+      if parameter.kind == parameter.VAR_KEYWORD
     ]
     if function is not model_config.make:
       for catch in catch_all:
@@ -132,11 +140,16 @@ def test_values_are_accepted(path, arg):
   assert set(config.evaluation.arms) <= set(views.ARMS)
   assert set(config.data.synthetic.tasks) <= set(synthetic.TASKS)
   inspect.signature(rewards.rollout_contrast).bind(
-      None, None, None, tau=config.contrast.tau
+    None, None, None, tau=config.contrast.tau
   )
   inspect.signature(prompts.count_tokens).bind(
-      None, "", (), num_frames=1, duration_s=1.0, grid=(1, 1),
-      **config.prompt.build,
+    None,
+    "",
+    (),
+    num_frames=1,
+    duration_s=1.0,
+    grid=(1, 1),
+    **config.prompt.build,
   )
   sampler = dict(config.sampling)
   assert sampler.pop("num_completions") > 1 and sampler.pop("max_tokens") > 1

@@ -10,12 +10,15 @@ import pytest
 from cf_jax import grpo
 
 WRAP = pytest.mark.parametrize(
-    "wrap", [lambda f: f, jax.jit], ids=["plain", "jit"]
+  "wrap", [lambda f: f, jax.jit], ids=["plain", "jit"]
 )
 ADVANTAGE = dict(scale="none", baseline="mean", ddof=1, eps=0.0)
 LOSS = dict(
-    clip_low=0.2, clip_high=0.2, aggregate="sequence_mean", kl_weight=0.0,
-    kl_kind="k3",
+  clip_low=0.2,
+  clip_high=0.2,
+  aggregate="sequence_mean",
+  kl_weight=0.0,
+  kl_kind="k3",
 )
 
 
@@ -23,7 +26,7 @@ def advantages(reward, mask=None, **settings):
   reward = jnp.asarray(reward, jnp.float32)
   mask = None if mask is None else jnp.asarray(mask)
   return np.asarray(
-      grpo.group_advantages(reward, mask, **(ADVANTAGE | settings))
+    grpo.group_advantages(reward, mask, **(ADVANTAGE | settings))
   )
 
 
@@ -36,7 +39,7 @@ def test_token_logprobs_by_hand(wrap):
   logits = jnp.log(jnp.array([[1.0, 3.0, 1000.0]] * 2))
   banned = jnp.array([False, False, True])
   logprob, entropy = wrap(grpo.token_logprobs)(
-      logits, jnp.array([0, 1]), banned
+    logits, jnp.array([0, 1]), banned
   )
   np.testing.assert_allclose(logprob, np.log([0.25, 0.75]), rtol=1e-5)
   want = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
@@ -59,7 +62,7 @@ def test_banned_ids_have_no_probability_and_no_gradient():
 
 def test_logprobs_are_float32_from_bfloat16():
   logprob, entropy = grpo.token_logprobs(
-      jnp.zeros((1, 4), jnp.bfloat16), jnp.array([2]), jnp.zeros(4, bool)
+    jnp.zeros((1, 4), jnp.bfloat16), jnp.array([2]), jnp.zeros(4, bool)
   )
   assert logprob.dtype == entropy.dtype == jnp.float32
   np.testing.assert_allclose(logprob, -math.log(4), rtol=1e-6)
@@ -70,24 +73,26 @@ def test_logprobs_are_float32_from_bfloat16():
 
 def test_advantages_without_scale():
   np.testing.assert_allclose(
-      advantages([[1, 0, 0, 1], [3, 1, 1, 1]]),
-      [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]],
+    advantages([[1, 0, 0, 1], [3, 1, 1, 1]]),
+    [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]],
   )
 
 
 def test_group_std_by_both_ddof():
   # std of [1, 0, 0, 1] is 0.57735 by torch (ddof 1) and 0.5 by numpy (ddof 0).
   np.testing.assert_allclose(
-      advantages([[1, 0, 0, 1]], scale="group", ddof=1)[0, 0], 0.5 / 0.5773503,
-      rtol=1e-6,
+    advantages([[1, 0, 0, 1]], scale="group", ddof=1)[0, 0],
+    0.5 / 0.5773503,
+    rtol=1e-6,
   )
   np.testing.assert_allclose(
-      advantages([[1, 0, 0, 1]], scale="group", ddof=0)[0, 0], 1.0, rtol=1e-6
+    advantages([[1, 0, 0, 1]], scale="group", ddof=0)[0, 0], 1.0, rtol=1e-6
   )
   # Video-R1's constants: eps stands beside the std.
   np.testing.assert_allclose(
-      advantages([[1, 0, 0, 1]], scale="group", ddof=1, eps=1e-4)[0, 0],
-      0.5 / (0.5773503 + 1e-4), rtol=1e-6,
+    advantages([[1, 0, 0, 1]], scale="group", ddof=1, eps=1e-4)[0, 0],
+    0.5 / (0.5773503 + 1e-4),
+    rtol=1e-6,
   )
 
 
@@ -95,18 +100,20 @@ def test_batch_std_is_pooled_within_groups():
   # Squares around the groups' means: 1 + 1 and 4 + 4; ddof 1 leaves 1 + 1.
   reward = [[1.0, -1.0], [12.0, 8.0]]
   np.testing.assert_allclose(
-      grpo.pooled_std(jnp.array(reward), ddof=1), math.sqrt(10 / 2), rtol=1e-6
+    grpo.pooled_std(jnp.array(reward), ddof=1), math.sqrt(10 / 2), rtol=1e-6
   )
   np.testing.assert_allclose(
-      grpo.pooled_std(jnp.array(reward), ddof=0), math.sqrt(10 / 4), rtol=1e-6
+    grpo.pooled_std(jnp.array(reward), ddof=0), math.sqrt(10 / 4), rtol=1e-6
   )
   np.testing.assert_allclose(
-      advantages(reward, scale="batch", ddof=1),
-      np.array([[1, -1], [2, -2]]) / math.sqrt(5), rtol=1e-6,
+    advantages(reward, scale="batch", ddof=1),
+    np.array([[1, -1], [2, -2]]) / math.sqrt(5),
+    rtol=1e-6,
   )
   made = grpo.group_advantages(
-      jnp.array(reward), batch_std=jnp.array([2.0, 4.0]),
-      **(ADVANTAGE | dict(scale="batch")),
+    jnp.array(reward),
+    batch_std=jnp.array([2.0, 4.0]),
+    **(ADVANTAGE | dict(scale="batch")),
   )
   np.testing.assert_allclose(made, [[0.5, -0.5], [0.5, -0.5]])
 
@@ -114,11 +121,12 @@ def test_batch_std_is_pooled_within_groups():
 def test_leave_one_out():
   # Others of 3 are 0, 0: baseline 0; others of a 0 are 3, 0: baseline 1.5.
   np.testing.assert_allclose(
-      advantages([[3, 0, 0]], baseline="leave_one_out"), [[3, -1.5, -1.5]],
-      rtol=1e-6,
+    advantages([[3, 0, 0]], baseline="leave_one_out"),
+    [[3, -1.5, -1.5]],
+    rtol=1e-6,
   )
   np.testing.assert_array_equal(
-      advantages([[3, 9]], [[True, False]], baseline="leave_one_out"), [[0, 0]]
+    advantages([[3, 9]], [[True, False]], baseline="leave_one_out"), [[0, 0]]
   )
 
 
@@ -128,8 +136,9 @@ def test_masked_completions_change_nothing(scale, baseline):
   settings = dict(scale=scale, baseline=baseline, eps=1e-4)
   alone = advantages([[1, 0, 0.5], [0, 0, 1]], **settings)
   padded = advantages(
-      [[1, 0, 99, 0.5], [0, 0, -99, 1]], [[True, True, False, True]] * 2,
-      **settings,
+    [[1, 0, 99, 0.5], [0, 0, -99, 1]],
+    [[True, True, False, True]] * 2,
+    **settings,
   )
   np.testing.assert_allclose(padded[:, [0, 1, 3]], alone, rtol=1e-6)
   np.testing.assert_array_equal(padded[:, 2], 0)
@@ -138,7 +147,7 @@ def test_masked_completions_change_nothing(scale, baseline):
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_equal_rewards_give_zero_not_nan(scale):
   np.testing.assert_array_equal(
-      advantages([[0.7] * 4, [0] * 4], scale=scale, eps=1e-4), np.zeros((2, 4))
+    advantages([[0.7] * 4, [0] * 4], scale=scale, eps=1e-4), np.zeros((2, 4))
   )
 
 
@@ -149,17 +158,18 @@ def test_group_std_cancels_a_bonus_equal_for_all_correct():
   bonus = plain + 0.3 * accuracy
   # One side: divided by the group's std, the bonus leaves no trace ...
   np.testing.assert_allclose(
-      advantages(bonus, scale="group"), advantages(plain, scale="group"),
-      rtol=1e-6,
+    advantages(bonus, scale="group"),
+    advantages(plain, scale="group"),
+    rtol=1e-6,
   )
   # ... but O(eps) where eps stands beside the std.
   trace = advantages(bonus, scale="group", eps=1e-4) - advantages(
-      plain, scale="group", eps=1e-4
+    plain, scale="group", eps=1e-4
   )
   assert 0 < np.abs(trace).max() < 1e-3
   # The other side: without the scale it is 30 % more of the same advantage,
   np.testing.assert_allclose(
-      advantages(bonus), 1.3 * advantages(plain), rtol=1e-6
+    advantages(bonus), 1.3 * advantages(plain), rtol=1e-6
   )
   # and a bonus that differs between correct rollouts survives both.
   unequal = plain + accuracy * np.array([[0.3, 0, 0, 0, 0.1, 0, 0, 0]])
@@ -178,19 +188,19 @@ def test_batch_scale_keeps_the_bonus():
 def test_jitted_advantages_equal_the_plain_ones():
   reward = [[1, 0, 0.5, 0], [0, 0, 0, 0]]
   settings = (
-      dict(scale=scale, baseline="leave_one_out", ddof=1, eps=1e-4)
-      for scale in ("none", "group", "batch")
+    dict(scale=scale, baseline="leave_one_out", ddof=1, eps=1e-4)
+    for scale in ("none", "group", "batch")
   )
   for chosen in settings:
-    made = jax.jit(
-        lambda r, chosen=chosen: grpo.group_advantages(r, **chosen)
-    )(jnp.array(reward))
+    made = jax.jit(lambda r, chosen=chosen: grpo.group_advantages(r, **chosen))(
+      jnp.array(reward)
+    )
     np.testing.assert_allclose(made, advantages(reward, **chosen), rtol=1e-6)
 
 
 def test_no_gradient_through_advantages():
   grad = jax.grad(
-      lambda r: jnp.sum(grpo.group_advantages(r, **ADVANTAGE) ** 2)
+    lambda r: jnp.sum(grpo.group_advantages(r, **ADVANTAGE) ** 2)
   )(jnp.array([[1.0, 0.0]]))
   np.testing.assert_array_equal(grad, 0)
 
@@ -202,11 +212,13 @@ def test_unknown_settings_name_themselves():
     advantages([[1, 0]], baseline="loo")
   one = jnp.zeros((1, 1, 1))
   for setting, bad in (
-      ("aggregate", "mean"), ("kl_kind", "k4"), ("ratio", "group")
+    ("aggregate", "mean"),
+    ("kl_kind", "k4"),
+    ("ratio", "group"),
   ):
     with pytest.raises(ValueError, match=f"config.loss.{setting}"):
       grpo.policy_loss(
-          one, one, one, one[..., 0], one == 0, **(LOSS | {setting: bad})
+        one, one, one, one[..., 0], one == 0, **(LOSS | {setting: bad})
       )
 
 
@@ -214,7 +226,7 @@ def test_spread_mask():
   reward = jnp.array([[1.0, 1.0, 0.0], [0.4, 0.4, 9.0], [0.0, 0.0, 0.0]])
   mask = jnp.array([[True] * 3, [True, True, False], [False] * 3])
   np.testing.assert_array_equal(
-      grpo.spread_mask(reward, mask), [True, False, False]
+    grpo.spread_mask(reward, mask), [True, False, False]
   )
   np.testing.assert_array_equal(grpo.spread_mask(reward[:1]), [True])
 
@@ -222,8 +234,8 @@ def test_spread_mask():
 def test_overlong_filter():
   mask = jnp.ones((1, 2, 2), bool)
   np.testing.assert_array_equal(
-      grpo.overlong_filter(mask, jnp.array([[True, False]])),
-      [[[True, True], [False, False]]],
+    grpo.overlong_filter(mask, jnp.array([[True, False]])),
+    [[[True, True], [False, False]]],
   )
 
 
@@ -235,8 +247,9 @@ def test_kl_by_hand(wrap):
   # d = ref - policy = ln 2, so exp(d) - 1 - d = 1 - ln 2.
   logprob, ref = jnp.array([-1.0]), jnp.array([-1.0 + math.log(2)])
   for kind, want in (
-      ("k1", -math.log(2)), ("k2", math.log(2) ** 2 / 2),
-      ("k3", 1 - math.log(2)),
+    ("k1", -math.log(2)),
+    ("k2", math.log(2) ** 2 / 2),
+    ("k3", 1 - math.log(2)),
   ):
     made = wrap(lambda a, b, kind=kind: grpo.kl_divergence(a, b, kind=kind))
     np.testing.assert_allclose(made(logprob, ref), [want], rtol=1e-5)
@@ -244,10 +257,10 @@ def test_kl_by_hand(wrap):
 
 def test_kl_clamps_the_log_ratio():
   made = grpo.kl_divergence(
-      jnp.array([-1000.0, 0.0]), jnp.array([0.0, -1000.0]), kind="k3"
+    jnp.array([-1000.0, 0.0]), jnp.array([0.0, -1000.0]), kind="k3"
   )
   np.testing.assert_allclose(
-      made, [math.exp(10) - 11, math.exp(-10) + 9], rtol=1e-5
+    made, [math.exp(10) - 11, math.exp(-10) + 9], rtol=1e-5
   )
 
 
@@ -256,15 +269,16 @@ def test_kl_estimates_have_the_right_mean():
   exact = np.sum(policy * np.log(policy / ref))
   for kind in ("k1", "k3"):
     made = grpo.kl_divergence(
-        jnp.log(jnp.array(policy)), jnp.log(jnp.array(ref)), kind=kind
+      jnp.log(jnp.array(policy)), jnp.log(jnp.array(ref)), kind=kind
     )
     np.testing.assert_allclose(np.sum(policy * made), exact, rtol=1e-5)
 
 
 def test_truncated_importance():
   made = grpo.truncated_importance(
-      jnp.log(jnp.array([0.2, 0.8, 1.0])), jnp.log(jnp.array([0.4, 0.1, 0.9])),
-      cap=2.0,
+    jnp.log(jnp.array([0.2, 0.8, 1.0])),
+    jnp.log(jnp.array([0.4, 0.1, 0.9])),
+    cap=2.0,
   )
   np.testing.assert_allclose(made, [0.5, 2.0, 1 / 0.9], rtol=1e-5)
   huge = grpo.truncated_importance(jnp.zeros(1), jnp.full(1, -1e4), cap=2.0)
@@ -283,8 +297,12 @@ def run(ratio=RATIO, advantage=((1.0, -1.0),), mask=MASK, ref=None, **settings):
   logprob = jnp.asarray(old + np.log(ratio))
   ref = logprob if ref is None else ref
   return grpo.policy_loss(
-      logprob, jnp.asarray(old), jnp.asarray(ref), jnp.asarray(advantage),
-      jnp.asarray(mask), **(LOSS | settings),
+    logprob,
+    jnp.asarray(old),
+    jnp.asarray(ref),
+    jnp.asarray(advantage),
+    jnp.asarray(mask),
+    **(LOSS | settings),
   )
 
 
@@ -292,9 +310,9 @@ def test_clipped_loss_by_hand():
   # A = 1: min(1.1, 1.1) and min(1.5, 1.2); A = -1: min(-0.5, -0.8).
   # Tokens: -1.1, -1.2, 0.8.
   for aggregate, want in (
-      ("sequence_mean", (-1.15 + 0.8) / 2),
-      ("token_mean", (-1.1 - 1.2 + 0.8) / 3),
-      ("constant", (-1.1 - 1.2 + 0.8) / 4),  # 2 completions, C = 2
+    ("sequence_mean", (-1.15 + 0.8) / 2),
+    ("token_mean", (-1.1 - 1.2 + 0.8) / 3),
+    ("constant", (-1.1 - 1.2 + 0.8) / 4),  # 2 completions, C = 2
   ):
     loss, metrics = run(aggregate=aggregate)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
@@ -321,26 +339,32 @@ def test_sequence_ratio_is_the_geometric_mean():
   logprob = jnp.asarray(old + np.log(RATIO))
   settings = LOSS | dict(clip_high=9.0, clip_low=0.9, ratio="sequence")
   made, metrics = grpo.policy_loss(
-      logprob, old, logprob, jnp.array([[1.0, -1.0]]), jnp.asarray(MASK),
-      **settings,
+    logprob,
+    old,
+    logprob,
+    jnp.array([[1.0, -1.0]]),
+    jnp.asarray(MASK),
+    **settings,
   )
-  np.testing.assert_allclose(
-      made, (-math.sqrt(1.1 * 1.5) + 0.5) / 2, rtol=1e-5
-  )
-  np.testing.assert_allclose(
-      metrics["ratio_max"], math.sqrt(1.65), rtol=1e-5
-  )
+  np.testing.assert_allclose(made, (-math.sqrt(1.1 * 1.5) + 0.5) / 2, rtol=1e-5)
+  np.testing.assert_allclose(metrics["ratio_max"], math.sqrt(1.65), rtol=1e-5)
 
 
 def test_first_update_is_plain_policy_gradient():
   """At ratio 1 the gradient is -A / tokens, whatever the clip."""
   logprob = jnp.full((1, 2, 2), -1.0)
-  grad = jax.jit(jax.grad(
+  grad = jax.jit(
+    jax.grad(
       lambda x: grpo.policy_loss(
-          x, logprob, logprob, jnp.array([[2.0, -1.0]]), jnp.asarray(MASK),
-          **LOSS,
+        x,
+        logprob,
+        logprob,
+        jnp.array([[2.0, -1.0]]),
+        jnp.asarray(MASK),
+        **LOSS,
       )[0]
-  ))(logprob)
+    )
+  )(logprob)
   np.testing.assert_allclose(grad, [[[-0.5, -0.5], [0.5, 0.0]]], atol=1e-6)
 
 
@@ -351,34 +375,30 @@ def test_kl_joins_with_its_weight():
   bare, _ = run()
   loss, metrics = run(ref=ref, kl_weight=0.04)
   np.testing.assert_allclose(metrics["kl"], 1 - math.log(2), rtol=1e-4)
-  np.testing.assert_allclose(
-      loss, bare + 0.04 * (1 - math.log(2)), rtol=1e-4
-  )
+  np.testing.assert_allclose(loss, bare + 0.04 * (1 - math.log(2)), rtol=1e-4)
 
 
 def test_advantage_may_be_one_per_token():
-  loss, _ = run(
-      advantage=[[[1.0, 0.0], [-1.0, 5.0]]], aggregate="token_mean"
-  )
+  loss, _ = run(advantage=[[[1.0, 0.0], [-1.0, 5.0]]], aggregate="token_mean")
   np.testing.assert_allclose(loss, (-1.1 + 0.8) / 3, rtol=1e-5)
 
 
 def test_importance_weight_multiplies():
   loss, _ = run(
-      weight=jnp.array([[[1.0, 0.5], [0.0, 7.0]]]), aggregate="token_mean"
+    weight=jnp.array([[[1.0, 0.5], [0.0, 7.0]]]), aggregate="token_mean"
   )
   np.testing.assert_allclose(loss, (-1.1 - 0.6) / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "aggregate", ["sequence_mean", "token_mean", "constant"]
+  "aggregate", ["sequence_mean", "token_mean", "constant"]
 )
 def test_micro_batches_add_up_to_the_global_loss(aggregate):
   ratio = np.array(
-      [[[1.1, 1.5], [0.5, 1.0]], [[0.9, 0.7], [1.3, 1.2]]], np.float32
+    [[[1.1, 1.5], [0.5, 1.0]], [[0.9, 0.7], [1.3, 1.2]]], np.float32
   )
   mask = np.array(
-      [[[True, True], [True, False]], [[True, False], [False, False]]]
+    [[[True, True], [True, False]], [[True, False], [False, False]]]
   )
   advantage = np.array([[1.0, -1.0], [0.5, 2.0]], np.float32)
   settings = dict(aggregate=aggregate, kl_weight=0.1)
@@ -386,17 +406,26 @@ def test_micro_batches_add_up_to_the_global_loss(aggregate):
   whole, _ = run(ratio, advantage, mask, ref, **settings)
   total = grpo.denominator(jnp.asarray(mask), aggregate=aggregate)
   parts = sum(
-      run(ratio[b : b + 1], advantage[b : b + 1], mask[b : b + 1],
-          ref[b : b + 1], total=total, **settings)[0]
-      for b in range(2)
+    run(
+      ratio[b : b + 1],
+      advantage[b : b + 1],
+      mask[b : b + 1],
+      ref[b : b + 1],
+      total=total,
+      **settings,
+    )[0]
+    for b in range(2)
   )
   np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "ratio"),
-    [("sequence_mean", "token"), ("token_mean", "sequence"),
-     ("constant", "token")],
+  ("aggregate", "ratio"),
+  [
+    ("sequence_mean", "token"),
+    ("token_mean", "sequence"),
+    ("constant", "token"),
+  ],
 )
 def test_left_out_groups_and_padding_are_as_if_absent(aggregate, ratio):
   slot = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -409,16 +438,16 @@ def test_left_out_groups_and_padding_are_as_if_absent(aggregate, ratio):
   @jax.value_and_grad
   def loss(logprob, old, ref, advantage, mask, group_mask):
     return grpo.policy_loss(
-        logprob, old, ref, advantage, mask, group_mask, **settings
+      logprob, old, ref, advantage, mask, group_mask, **settings
     )[0]
 
   alone, alone_grad = loss(
-      logprob[:1], old[:1], ref[:1], advantage[:1], mask[:1], None
+    logprob[:1], old[:1], ref[:1], advantage[:1], mask[:1], None
   )
   # Padded slots of the group that stays hold the worst there is.
   bad = [
-      jnp.where(mask, value, worst)
-      for value, worst in ((logprob, jnp.nan), (old, jnp.inf), (ref, -jnp.inf))
+    jnp.where(mask, value, worst)
+    for value, worst in ((logprob, jnp.nan), (old, jnp.inf), (ref, -jnp.inf))
   ]
   both, grad = loss(*bad, advantage, mask, jnp.array([True, False]))
   np.testing.assert_allclose(both, alone, rtol=1e-6)
@@ -433,23 +462,32 @@ def test_jitted_loss_equals_the_plain_one():
   jitted = jax.jit(lambda *args: grpo.policy_loss(*args, **LOSS))
   old = jnp.full(RATIO.shape, -1.0)
   args = (
-      old + jnp.log(RATIO), old, old, jnp.array([[1.0, -1.0]]),
-      jnp.asarray(MASK),
+    old + jnp.log(RATIO),
+    old,
+    old,
+    jnp.array([[1.0, -1.0]]),
+    jnp.asarray(MASK),
   )
   np.testing.assert_allclose(
-      jitted(*args)[0], grpo.policy_loss(*args, **LOSS)[0], rtol=1e-6
+    jitted(*args)[0], grpo.policy_loss(*args, **LOSS)[0], rtol=1e-6
   )
 
 
 def test_extreme_ratios_stay_finite():
   logprob = jnp.array([[[0.0, -500.0]]])
   old = jnp.array([[[-500.0, 0.0]]])
-  loss, grad = jax.jit(jax.value_and_grad(
+  loss, grad = jax.jit(
+    jax.value_and_grad(
       lambda x: grpo.policy_loss(
-          x, old, old, jnp.array([[-1.0]]), jnp.ones((1, 1, 2), bool),
-          **(LOSS | dict(kl_weight=0.1)),
+        x,
+        old,
+        old,
+        jnp.array([[-1.0]]),
+        jnp.ones((1, 1, 2), bool),
+        **(LOSS | dict(kl_weight=0.1)),
       )[0]
-  ))(logprob)
+    )
+  )(logprob)
   assert np.isfinite(loss)
   assert np.all(np.isfinite(grad))
 
@@ -457,12 +495,18 @@ def test_extreme_ratios_stay_finite():
 def test_contrastive_loss_by_hand():
   # Gains 1.5 and 0.5, margin 0.5, tau 0.5: scores 1 and (unselected) -1.
   made = grpo.contrastive_loss(
-      jnp.array([[1.5, 0.5]]), jnp.array([[0.5, 0.5]]),
-      jnp.array([[True, False]]), margin=0.5, tau=0.5,
+    jnp.array([[1.5, 0.5]]),
+    jnp.array([[0.5, 0.5]]),
+    jnp.array([[True, False]]),
+    margin=0.5,
+    tau=0.5,
   )
   np.testing.assert_allclose(made, math.log(1 + math.exp(-1)), rtol=1e-5)
   none = grpo.contrastive_loss(
-      jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.zeros((1, 2), bool), margin=0.0,
-      tau=1.0,
+    jnp.ones((1, 2)),
+    jnp.ones((1, 2)),
+    jnp.zeros((1, 2), bool),
+    margin=0.0,
+    tau=1.0,
   )
   assert none == 0

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "cf_jax"
 
 FLOORS = (
   ("types", "masked"),
-  ("tad", "rewards", "grpo", "data.", "evals."),
+  ("tad", "selectors", "rewards", "grpo", "data.", "evals."),
   ("models.",),
   ("policy", "sampling", "views", "runtime.", "report"),
   ("programs.",),
@@ -39,7 +39,7 @@ ORDER = {
     "pipeline",
   ),
 }
-MATH = ("tad", "rewards", "grpo", "types", "masked")
+MATH = ("tad", "selectors", "rewards", "grpo", "types", "masked")
 MATH_IMPORTS = {
   "jax",
   "chex",
@@ -149,7 +149,7 @@ def test_host_code_makes_no_jax_arrays(name):
 def test_math_needs_jax_only(name):
   used = {module.split(".")[0] for module, _ in imports(MODULES[name])}
   assert used <= MATH_IMPORTS
-  assert own_imports(MODULES[name]) <= {"types", "masked"}
+  assert own_imports(MODULES[name]) <= {"types", "masked", "tad"}
 
 
 def test_linen_is_used_in_models_only():

@@ -14,8 +14,12 @@ CONFIG = "--config=configs/kfgrpo_cpu.py:smoke"
 
 def _run(*argv):
   ran = subprocess.run(
-      [sys.executable, "-m", "cf_jax.main", *argv], cwd=ROOT, text=True,
-      capture_output=True, env=os.environ, timeout=120,
+    [sys.executable, "-m", "cf_jax.main", *argv],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    env=os.environ,
+    timeout=120,
   )
   return ran
 
@@ -32,13 +36,13 @@ def _sentence(*argv):
 
 
 @pytest.mark.parametrize(
-    ("key", "right"),
-    [
-        ("rl.step", "rl.steps"),
-        ("samplng.temperature", "sampling.temperature"),
-        ("temperature", "sampling.temperature"),
-        ("data.synthetic.num_trian", "data.synthetic.num_train"),
-    ],
+  ("key", "right"),
+  [
+    ("rl.step", "rl.steps"),
+    ("samplng.temperature", "sampling.temperature"),
+    ("temperature", "sampling.temperature"),
+    ("data.synthetic.num_trian", "data.synthetic.num_train"),
+  ],
 )
 def test_a_misspelt_key_suggests_the_right_one(key, right):
   argv = ["main", CONFIG, f"--config.{key}=3"]
@@ -91,8 +95,10 @@ def test_unknown_program():
 def test_missing_tokenizer(tmp_path):
   """Found before any video is generated."""
   said = _sentence(
-      CONFIG, f"--workdir={tmp_path}", "--config.tokenizer=no/such/folder",
-      f"--config.data.cache_dir={tmp_path / 'data'}",
+    CONFIG,
+    f"--workdir={tmp_path}",
+    "--config.tokenizer=no/such/folder",
+    f"--config.data.cache_dir={tmp_path / 'data'}",
   )
   assert not (tmp_path / "data").exists()
   assert "no tokenizer.json in 'no/such/folder'; config.tokenizer" in said
@@ -100,7 +106,7 @@ def test_missing_tokenizer(tmp_path):
 
 def test_bad_data_source(tmp_path):
   said = _sentence(
-      CONFIG, f"--workdir={tmp_path}", "--config.data.source=synthetik"
+    CONFIG, f"--workdir={tmp_path}", "--config.data.source=synthetik"
   )
   assert "got 'synthetik'; change config.data.source" in said
 

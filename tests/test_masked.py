@@ -29,21 +29,21 @@ def test_ddof_of_torch_and_of_numpy():
   reward = jnp.array([1.0, 0.0, 0.0, 1.0])
   real = jnp.ones(4, dtype=bool)
   np.testing.assert_allclose(
-      masked.masked_std(reward, real, ddof=1), 0.5773503, rtol=1e-6
+    masked.masked_std(reward, real, ddof=1), 0.5773503, rtol=1e-6
   )
   np.testing.assert_allclose(
-      masked.masked_std(reward, real, ddof=0), 0.5, rtol=1e-6
+    masked.masked_std(reward, real, ddof=0), 0.5, rtol=1e-6
   )
 
 
 @pytest.mark.parametrize(
-    ("reduce", "padding"),
-    [
-        (masked.masked_sum, jnp.nan),
-        (masked.masked_mean, jnp.nan),
-        (lambda v, m: masked.masked_std(v, m, ddof=1), -7.0),
-    ],
-    ids=["sum", "mean", "std"],
+  ("reduce", "padding"),
+  [
+    (masked.masked_sum, jnp.nan),
+    (masked.masked_mean, jnp.nan),
+    (lambda v, m: masked.masked_std(v, m, ddof=1), -7.0),
+  ],
+  ids=["sum", "mean", "std"],
 )
 @pytest.mark.parametrize("real", [0, 1, 3])
 def test_gradient_is_finite_and_padding_gets_none(reduce, padding, real):
@@ -61,5 +61,5 @@ def test_masks_broadcast_and_bfloat16_is_widened():
   assert made.dtype == jnp.float32
   np.testing.assert_array_equal(made, [300, 0])
   np.testing.assert_array_equal(
-      masked.masked_mean(value, jnp.array([[True], [False]]), axis=1), [1, 0]
+    masked.masked_mean(value, jnp.array([[True], [False]]), axis=1), [1, 0]
   )

@@ -19,9 +19,9 @@ G, C = 2, 5
 @pytest.fixture(scope="module")
 def encode(scene):
   return jax.jit(
-      lambda params, pixel: policy.encode_frames(
-          scene.config, params, pixel, grid=scene.grid
-      )
+    lambda params, pixel: policy.encode_frames(
+      scene.config, params, pixel, grid=scene.grid
+    )
   )
 
 
@@ -33,9 +33,9 @@ def encoded(scene, encode):
 @pytest.fixture(scope="module")
 def logprobs(scene):
   return jax.jit(
-      lambda params, view, encoded, rollout: policy.completion_logprobs(
-          scene.config, params, view, encoded, rollout, scene.banned
-      )
+    lambda params, view, encoded, rollout: policy.completion_logprobs(
+      scene.config, params, view, encoded, rollout, scene.banned
+    )
   )
 
 
@@ -45,20 +45,20 @@ def rollout():
   length = np.array([[5, 2], [1, 3], [4, 5]])
   mask = np.arange(C) < length[:, :, None]
   return Rollout(
-      token=jnp.asarray(rng.integers(1, 7, (3, G, C)), jnp.int32),
-      mask=jnp.asarray(mask),
-      logprob=jnp.zeros((3, G, C)),
-      finished=jnp.ones((3, G), bool),
+    token=jnp.asarray(rng.integers(1, 7, (3, G, C)), jnp.int32),
+    mask=jnp.asarray(mask),
+    logprob=jnp.zeros((3, G, C)),
+    finished=jnp.ones((3, G), bool),
   )
 
 
 def test_tokens_of_a_permuted_video_are_the_permuted_tokens(
-    scene, encode, encoded
+  scene, encode, encoded
 ):
   for order in itertools.permutations(range(3)):
     order = np.array(order)
     np.testing.assert_array_equal(
-        encode(scene.params, scene.pixel[:, order]), encoded[:, order]
+      encode(scene.params, scene.pixel[:, order]), encoded[:, order]
     )
 
 
@@ -72,7 +72,7 @@ def test_a_view_shows_what_encoding_its_frames_would(scene, encode, encoded):
 
 
 def test_completions_see_the_order_of_the_frames(
-    scene, encoded, logprobs, rollout
+  scene, encoded, logprobs, rollout
 ):
   """Or the shuffled view would measure nothing."""
   ordered, _ = logprobs(scene.params, scene.view, encoded, rollout)
@@ -81,17 +81,17 @@ def test_completions_see_the_order_of_the_frames(
   assert float(jnp.max(jnp.abs(ordered - shuffled))) > 1e-2
   # Other frames, swapped as well: the same pictures, hence the same numbers.
   crossed, _ = logprobs(
-      scene.params, swapped, encoded[:, jnp.array([1, 0, 2])], rollout
+    scene.params, swapped, encoded[:, jnp.array([1, 0, 2])], rollout
   )
   np.testing.assert_array_equal(crossed, ordered)
 
 
 def test_frames_that_no_slot_shows_do_not_matter(
-    scene, encoded, logprobs, rollout
+  scene, encoded, logprobs, rollout
 ):
   expected = logprobs(scene.params, scene.view, encoded, rollout)
   found = logprobs(
-      scene.params, scene.view, encoded.at[:, 2].set(99.0), rollout
+    scene.params, scene.view, encoded.at[:, 2].set(99.0), rollout
   )
   for left, right in zip(found, expected):
     np.testing.assert_array_equal(left, right)
@@ -101,13 +101,13 @@ def test_padded_slots_do_not_matter(scene, encoded, logprobs, rollout):
   expected = logprobs(scene.params, scene.view, encoded, rollout)
   prompt = scene.view.prompt
   junk = prompt.replace(
-      token=jnp.where(prompt.mask, prompt.token, 33),
-      position=jnp.where(prompt.mask[:, None], prompt.position, 77),
-      visual=jnp.where(prompt.mask, prompt.visual, 2),
+    token=jnp.where(prompt.mask, prompt.token, 33),
+    position=jnp.where(prompt.mask[:, None], prompt.position, 77),
+    visual=jnp.where(prompt.mask, prompt.visual, 2),
   )
   other = rollout.replace(token=jnp.where(rollout.mask, rollout.token, 38))
   found = logprobs(
-      scene.params, scene.view.replace(prompt=junk), encoded, other
+    scene.params, scene.view.replace(prompt=junk), encoded, other
   )
   for left, right in zip(found, expected):
     np.testing.assert_allclose(left, right, atol=1e-6)
@@ -119,22 +119,22 @@ def test_longer_padding_does_not_matter(scene, encoded, logprobs, rollout):
   prompt = scene.view.prompt
 
   def pad(x, value):
-    return jnp.pad(
-        x, [(0, 0)] * (x.ndim - 1) + [(0, 6)], constant_values=value
-    )
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 6)], constant_values=value)
 
   wide = prompt.replace(
-      token=pad(prompt.token, 5), mask=pad(prompt.mask, False),
-      position=pad(prompt.position, 0), visual=pad(prompt.visual, -1),
+    token=pad(prompt.token, 5),
+    mask=pad(prompt.mask, False),
+    position=pad(prompt.position, 0),
+    visual=pad(prompt.visual, -1),
   )
   found, _ = logprobs(
-      scene.params, scene.view.replace(prompt=wide), encoded, rollout
+    scene.params, scene.view.replace(prompt=wide), encoded, rollout
   )
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_group_is_its_completions_one_by_one(
-    scene, encoded, logprobs, rollout
+  scene, encoded, logprobs, rollout
 ):
   together, entropy = logprobs(scene.params, scene.view, encoded, rollout)
   for g in range(G):
@@ -152,11 +152,15 @@ def test_gradient_is_finite_and_reaches_every_parameter(scene, rollout):
 
   def loss(params):
     encoded = policy.encode_frames(
-        scene.config, params, scene.pixel, grid=scene.grid
+      scene.config, params, scene.pixel, grid=scene.grid
     )
     logprob, entropy = policy.completion_logprobs(
-        scene.config, params, scene.view, encoded, rollout.replace(mask=mask),
-        scene.banned,
+      scene.config,
+      params,
+      scene.view,
+      encoded,
+      rollout.replace(mask=mask),
+      scene.banned,
     )
     return masked.masked_mean(logprob + entropy, mask)
 

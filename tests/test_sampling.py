@@ -20,7 +20,7 @@ G, C = 4, 6
 @pytest.fixture(scope="module")
 def encoded(scene):
   return policy.encode_frames(
-      scene.config, scene.params, scene.pixel, grid=scene.grid
+    scene.config, scene.params, scene.pixel, grid=scene.grid
   )
 
 
@@ -33,8 +33,8 @@ def visual(scene, encoded):
 def generate(scene):
   """Jitted; lengths are static, how to sample is not."""
   return jax.jit(
-      functools.partial(sampling.generate, scene.config),
-      static_argnames=("num_completions", "max_tokens", "eos_id"),
+    functools.partial(sampling.generate, scene.config),
+    static_argnames=("num_completions", "max_tokens", "eos_id"),
   )
 
 
@@ -45,26 +45,32 @@ def sample(scene, visual, generate):
   def sample(rows=slice(None), *, seed=0, banned=None, **settings):
     seeds = sampling.row_seeds(jax.random.key(seed), jnp.arange(3))
     settings = (
-        dict(num_completions=G, max_tokens=C, eos_id=EOS, temperature=1.0,
-             top_p=1.0, top_k=0)
-        | settings
+      dict(
+        num_completions=G,
+        max_tokens=C,
+        eos_id=EOS,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+      )
+      | settings
     )
     prompt = jax.tree.map(lambda x: x[rows], scene.view.prompt)
     banned = scene.banned if banned is None else banned
     return generate(
-        scene.params, prompt, visual[rows], seeds[rows], banned, **settings
+      scene.params, prompt, visual[rows], seeds[rows], banned, **settings
     )
 
   return sample
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, dict(temperature=1.7, top_p=0.8, top_k=9)]
+  "settings", [{}, dict(temperature=1.7, top_p=0.8, top_k=9)]
 )
 def test_logprobs_are_the_trainers(scene, encoded, sample, settings):
   rollout = sample(**settings)
   logprob, _ = jax.jit(
-      functools.partial(policy.completion_logprobs, scene.config)
+    functools.partial(policy.completion_logprobs, scene.config)
   )(scene.params, scene.view, encoded, rollout, scene.banned)
   np.testing.assert_allclose(rollout.logprob, logprob, atol=1e-5)
   assert np.all(np.asarray(rollout.logprob)[np.asarray(rollout.mask)] < 0)
@@ -103,10 +109,10 @@ def test_a_row_does_not_depend_on_its_batch(sample):
     alone = sample(slice(row, row + 1))
     for name in ("token", "mask", "finished"):
       np.testing.assert_array_equal(
-          getattr(alone, name)[0], getattr(together, name)[row]
+        getattr(alone, name)[0], getattr(together, name)[row]
       )
     np.testing.assert_allclose(
-        alone.logprob[0], together.logprob[row], atol=1e-5
+      alone.logprob[0], together.logprob[row], atol=1e-5
     )
 
 
@@ -139,9 +145,7 @@ def test_the_end_token_stops_a_row(sample):
   token, mask = rollout.token, rollout.mask
   ended = token == EOS
   assert 0 < rollout.finished.mean() < 1  # both kinds are in the draw
-  np.testing.assert_array_equal(
-      rollout.finished, np.any(ended & mask, axis=-1)
-  )
+  np.testing.assert_array_equal(rollout.finished, np.any(ended & mask, axis=-1))
   first = np.where(rollout.finished, ended.argmax(-1), C - 1)
   np.testing.assert_array_equal(mask, np.arange(C) <= first[..., None])
   assert np.all(token[~mask] == EOS) and not np.any(rollout.logprob[~mask])
@@ -158,9 +162,7 @@ def test_everything_ended_at_the_first_token(scene, sample):
 def test_one_token_at_most(sample):
   rollout = sample(max_tokens=1, num_completions=8)
   assert rollout.token.shape == (3, 8, 1) and bool(rollout.mask.all())
-  np.testing.assert_array_equal(
-      rollout.finished, rollout.token[..., 0] == EOS
-  )
+  np.testing.assert_array_equal(rollout.finished, rollout.token[..., 0] == EOS)
 
 
 def test_banned_ids_are_never_sampled(sample):
@@ -174,13 +176,26 @@ def test_sampled_shares_are_the_probabilities(scene, visual, generate):
   """2048 first tokens of one prompt against the softmax."""
   prompt = jax.tree.map(lambda x: x[:1], scene.view.prompt)
   rollout = generate(
-      scene.params, prompt, visual[:1], jnp.array([[1, 2]], jnp.uint32),
-      scene.banned, num_completions=2048, max_tokens=1, eos_id=EOS,
-      temperature=1.0, top_p=1.0, top_k=0,
+    scene.params,
+    prompt,
+    visual[:1],
+    jnp.array([[1, 2]], jnp.uint32),
+    scene.banned,
+    num_completions=2048,
+    max_tokens=1,
+    eos_id=EOS,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
   )
   logits = vlm.forward(
-      scene.config, scene.params, prompt.token, prompt.position, prompt.mask,
-      prompt.visual, visual[:1],
+    scene.config,
+    scene.params,
+    prompt.token,
+    prompt.position,
+    prompt.mask,
+    prompt.visual,
+    visual[:1],
   )[0, int(prompt.mask.sum()) - 1]
   prob = np.asarray(jax.nn.softmax(grpo.ban(logits, scene.banned)))
   count = np.bincount(np.asarray(rollout.token).ravel(), minlength=40)
@@ -194,13 +209,15 @@ def test_settings_are_arguments(sample, generate):
   first = sample()
   programs = generate._cache_size()
   for settings in (
-      dict(temperature=0.3), dict(top_p=0.3), dict(top_k=2),
-      dict(temperature=5.0),
+    dict(temperature=0.3),
+    dict(top_p=0.3),
+    dict(top_k=2),
+    dict(temperature=5.0),
   ):
     assert np.any(np.asarray(sample(**settings).token) != first.token)
   for same in (dict(top_p=0.0), dict(top_k=1), dict(temperature=1e-5)):
     np.testing.assert_array_equal(  # the best id always stays
-        sample(**same).token, sample(temperature=0.0).token
+      sample(**same).token, sample(temperature=0.0).token
     )
   assert generate._cache_size() == programs
 
@@ -228,14 +245,15 @@ def test_filter_by_brute_force(top_p, top_k):
   logits[4, 2:6] = -1e30  # banned
   logits = logits.astype(np.float32)
   found = jax.jit(sampling.filter_logits)(
-      jnp.asarray(logits), top_p=jnp.float32(top_p),
-      top_k=jnp.int32(top_k),
+    jnp.asarray(logits),
+    top_p=jnp.float32(top_p),
+    top_k=jnp.int32(top_k),
   )
   expected = [_filter(row, top_p, top_k) for row in logits]
   # What has no probability to speak of may go or stay.
   rare = logits < logits.max(axis=-1, keepdims=True) - 14
   np.testing.assert_allclose(
-      np.where(rare, 0, found), np.where(rare, 0, expected), rtol=1e-6
+    np.where(rare, 0, found), np.where(rare, 0, expected), rtol=1e-6
   )
 
 
@@ -245,7 +263,7 @@ def test_filter_by_hand():
 
   def kept(top_p, top_k):
     found = sampling.filter_logits(
-        logits, top_p=jnp.float32(top_p), top_k=jnp.int32(top_k)
+      logits, top_p=jnp.float32(top_p), top_k=jnp.int32(top_k)
     )
     return np.isfinite(found).tolist()
 

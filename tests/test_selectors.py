@@ -21,20 +21,20 @@ def with_relevance(*cosines):
 
 def run(selector, embedding, mask=None, **settings):
   static = {
-      name: settings.pop(name)
-      for name in ("num_keyframes", "median", "depth")
-      if name in settings
+    name: settings.pop(name)
+    for name in ("num_keyframes", "median", "depth")
+    if name in settings
   }
   program = jax.jit(functools.partial(selector, **static))
   return program(embedding, mask, **settings)
 
 
 ALL = {
-    "uniform": {},
-    "random": {"rng": jax.random.key(3)},
-    "top_k": {},
-    "k_center": {},
-    "aks": {},
+  "uniform": {},
+  "random": {"rng": jax.random.key(3)},
+  "top_k": {},
+  "k_center": {},
+  "aks": {},
 }
 
 
@@ -47,9 +47,7 @@ def test_what_always_holds(name, number):
   mask = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0], bool)
   frames[~mask] = np.nan
   selector = getattr(selectors, name)
-  keyframes = run(
-      selector, frames, mask, num_keyframes=number, **ALL[name]
-  )
+  keyframes = run(selector, frames, mask, num_keyframes=number, **ALL[name])
   shown = min(number, 7)
   index, real = np.asarray(keyframes.index), np.asarray(keyframes.mask)
   assert real.tolist() == [k < shown for k in range(number)]
@@ -58,7 +56,7 @@ def test_what_always_holds(name, number):
   assert sorted(keyframes.order.tolist()) == index.tolist()
   assert keyframes.index.dtype == jnp.int32
   np.testing.assert_array_equal(
-      keyframes.embedding[:shown], frames[index[:shown]]
+    keyframes.embedding[:shown], frames[index[:shown]]
   )
   assert np.all(keyframes.embedding[shown:] == 0)
   np.testing.assert_array_equal(keyframes.weight.sum(1), real)
@@ -67,11 +65,12 @@ def test_what_always_holds(name, number):
   assert np.all((low <= index[:shown]) & (index[:shown] < high))
   # The same fields and shapes as the layer it is compared with.
   ours = jax.eval_shape(
-      functools.partial(tad.select_keyframes, num_keyframes=number),
-      jnp.asarray(frames), jnp.asarray(mask),
+    functools.partial(tad.select_keyframes, num_keyframes=number),
+    jnp.asarray(frames),
+    jnp.asarray(mask),
   )
   assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(
-      lambda x: (x.shape, x.dtype), keyframes
+    lambda x: (x.shape, x.dtype), keyframes
   )
 
 
@@ -84,9 +83,11 @@ def test_uniform():
 def test_random_is_even_and_changes_with_its_key():
   frames = jnp.ones((6, 2))
   mask = jnp.asarray([True, True, False, True, True, True])
-  draw = jax.jit(jax.vmap(
+  draw = jax.jit(
+    jax.vmap(
       lambda rng: selectors.random(frames, mask, num_keyframes=2, rng=rng).index
-  ))
+    )
+  )
   index = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
   pairs, count = np.unique(index, axis=0, return_counts=True)
   assert len(pairs) == 10  # of 5 frames
@@ -98,7 +99,7 @@ def test_top_k_by_relevance_and_by_variation():
   keyframes = run(selectors.top_k, frames, num_keyframes=3, query=QUERY)
   assert keyframes.order.tolist() == [1, 3, 4]  # the earlier of equals first
   np.testing.assert_allclose(
-      keyframes.score, [0.1, 0.9, 0.3, 0.8, 0.8, 0.2], atol=1e-6
+    keyframes.score, [0.1, 0.9, 0.3, 0.8, 0.8, 0.2], atol=1e-6
   )
   cut = jnp.asarray(np.stack([A] * 6 + [B] * 6))
   keyframes = run(selectors.top_k, cut, num_keyframes=1)
@@ -137,7 +138,7 @@ def test_aks():
   spread = run(selectors.aks, frames, num_keyframes=2, query=QUERY)
   assert spread.index.tolist() == [1, 4]
   together = run(
-      selectors.aks, frames, num_keyframes=2, query=QUERY, threshold=0.7
+    selectors.aks, frames, num_keyframes=2, query=QUERY, threshold=0.7
   )
   assert together.index.tolist() == [1, 2]
   flat = run(selectors.aks, frames, num_keyframes=2, query=QUERY, depth=0)

@@ -19,7 +19,7 @@ A, B, C = np.eye(3, dtype=np.float32)
 few = hypothesis.settings(max_examples=12, deadline=None, database=None)
 seeds = st.integers(0, 2**31 - 1)
 both = pytest.mark.parametrize(
-    "wrap", [jax.jit, lambda f: f], ids=["jit", "py"]
+  "wrap", [jax.jit, lambda f: f], ids=["jit", "py"]
 )
 
 
@@ -44,7 +44,7 @@ def jitted(function, **settings):
 
 def select(embedding, mask=None, num_keyframes=4, selection="soft", **arrays):
   program = jitted(
-      tad.select_keyframes, num_keyframes=num_keyframes, selection=selection
+    tad.select_keyframes, num_keyframes=num_keyframes, selection=selection
   )
   return program(embedding, mask, **arrays)
 
@@ -54,62 +54,62 @@ def select(embedding, mask=None, num_keyframes=4, selection="soft", **arrays):
 
 @both
 @pytest.mark.parametrize(
-    ("frames", "settings", "want"),
-    [
-        # neighbours: 1 - cos
-        ((A, A, B, B), dict(scales=(1,), median=False), (0, 0, 1, 0)),
-        (
-            (A, 3 * A + 4 * B, 3 * A + 4 * B),
-            dict(scales=(1,), median=False),
-            (0, 0.4, 0),
-        ),
-        # windows of two, cut off at the ends: 1 - 1 / sqrt 2 beside the cut
-        (
-            (A, A, B, B),
-            dict(scales=(2,), median=False),
-            (0, 0.2928932, 1, 0.2928932),
-        ),
-        # the mean over the two lines above
-        (
-            (A, A, B, B),
-            dict(scales=(1, 2), median=False),
-            (0, 0.1464466, 1, 0.1464466),
-        ),
-        # |a - b| / sqrt(|a|^2 + |b|^2): sqrt 2 / sqrt 2, then 1 / sqrt 5
-        (
-            (A, B, B, 2 * B),
-            dict(scales=(1,), median=False, metric="l2"),
-            (0, 1, 0, 0.4472136),
-        ),
-        # means, not sums: (a + b) / 2 against b is sqrt(0.5) / sqrt(0.5 + 1)
-        (
-            (A, B, B),
-            dict(scales=(2,), median=False, metric="l2"),
-            (0, 1, 0.5773503),
-        ),
-        # one frame of something else is gone, the cut stays where it was
-        (
-            (A, A, C, A, A, B, B, B),
-            dict(scales=(1,), median=True),
-            (0, 0, 0, 0, 0, 1, 0, 0),
-        ),
-        # a Gaussian of width 1 over a single step, frame 0 left out
-        (
-            (A, A, A, A, B, B, B, B, B),
-            dict(scales=(1,), median=False, smoothing=1.0),
-            (
-                0,
-                0.0111090 / 1.7529750,
-                0.1353353 / 2.3595056,
-                0.6065307 / 2.4948409,
-                0.3990503,
-                0.6065307 / 2.5059500,
-                0.1353353 / 2.4948409,
-                0.0111090 / 2.3595056,
-                0,
-            ),
-        ),
-    ],
+  ("frames", "settings", "want"),
+  [
+    # neighbours: 1 - cos
+    ((A, A, B, B), dict(scales=(1,), median=False), (0, 0, 1, 0)),
+    (
+      (A, 3 * A + 4 * B, 3 * A + 4 * B),
+      dict(scales=(1,), median=False),
+      (0, 0.4, 0),
+    ),
+    # windows of two, cut off at the ends: 1 - 1 / sqrt 2 beside the cut
+    (
+      (A, A, B, B),
+      dict(scales=(2,), median=False),
+      (0, 0.2928932, 1, 0.2928932),
+    ),
+    # the mean over the two lines above
+    (
+      (A, A, B, B),
+      dict(scales=(1, 2), median=False),
+      (0, 0.1464466, 1, 0.1464466),
+    ),
+    # |a - b| / sqrt(|a|^2 + |b|^2): sqrt 2 / sqrt 2, then 1 / sqrt 5
+    (
+      (A, B, B, 2 * B),
+      dict(scales=(1,), median=False, metric="l2"),
+      (0, 1, 0, 0.4472136),
+    ),
+    # means, not sums: (a + b) / 2 against b is sqrt(0.5) / sqrt(0.5 + 1)
+    (
+      (A, B, B),
+      dict(scales=(2,), median=False, metric="l2"),
+      (0, 1, 0.5773503),
+    ),
+    # one frame of something else is gone, the cut stays where it was
+    (
+      (A, A, C, A, A, B, B, B),
+      dict(scales=(1,), median=True),
+      (0, 0, 0, 0, 0, 1, 0, 0),
+    ),
+    # a Gaussian of width 1 over a single step, frame 0 left out
+    (
+      (A, A, A, A, B, B, B, B, B),
+      dict(scales=(1,), median=False, smoothing=1.0),
+      (
+        0,
+        0.0111090 / 1.7529750,
+        0.1353353 / 2.3595056,
+        0.6065307 / 2.4948409,
+        0.3990503,
+        0.6065307 / 2.5059500,
+        0.1353353 / 2.4948409,
+        0.0111090 / 2.3595056,
+        0,
+      ),
+    ),
+  ],
 )
 def test_variation_golden(wrap, frames, settings, want):
   score = wrap(functools.partial(tad.variation_scores, **settings))
@@ -138,14 +138,29 @@ def test_scores_are_exact_late_in_a_long_video():
   np.testing.assert_allclose(late, alone, atol=3e-7)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+@pytest.mark.parametrize("sizes", [[40], [1] * 7 + [33], [16, 16, 8], [30, 10]])
+def test_chunks_score_as_the_whole(sizes, smoothing):
+  frame = jnp.asarray(shots([9, 14, 17], noise=0.2)[0])
+  whole = jitted(tad.variation_scores, smoothing=smoothing)(frame)
+  chunks = jnp.split(frame, np.cumsum(sizes)[:-1])
+  got = tad.score_chunks(iter(chunks), smoothing=smoothing)
+  np.testing.assert_allclose(got, whole, atol=1e-6)
+
+
+def test_no_chunks():
+  with pytest.raises(ValueError, match="no chunk"):
+    tad.score_chunks([])
+
+
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 def test_dtypes(metric):
   frame, _ = shots([6, 6])
 
   def types(dtype):
     return jax.eval_shape(
-        functools.partial(tad.select_keyframes, num_keyframes=3, metric=metric),
-        jnp.asarray(frame, dtype),
+      functools.partial(tad.select_keyframes, num_keyframes=3, metric=metric),
+      jnp.asarray(frame, dtype),
     )
 
   real = ("weight", "embedding", "score", "variation", "saliency", "logprob")
@@ -261,13 +276,13 @@ def distill(num_keyframes, apex=(4, 8), frames=None, **settings):
   size = len(VALUE)
   frames = jnp.ones((size, 3)) if frames is None else frames
   program = jitted(
-      tad.distill_keyframes, num_keyframes=num_keyframes, **settings
+    tad.distill_keyframes, num_keyframes=num_keyframes, **settings
   )
   return program(
-      frames,
-      jnp.asarray(VALUE, jnp.float32),
-      jnp.asarray(np.isin(np.arange(size), apex)),
-      jnp.zeros(size),
+    frames,
+    jnp.asarray(VALUE, jnp.float32),
+    jnp.asarray(np.isin(np.arange(size), apex)),
+    jnp.zeros(size),
   )
 
 
@@ -280,9 +295,7 @@ def test_distill_golden():
   # Mean 35 / 11, variance 195 / 11 - mean^2: z(9) = 2.1100, z(8) = 1.7474.
   assert keyframes.score[4] == pytest.approx(2.1100, abs=1e-4)
   assert keyframes.score[8] == pytest.approx(1.7474, abs=1e-4)
-  np.testing.assert_allclose(
-      keyframes.saliency, [0, 1, 0.82812], atol=1e-4
-  )
+  np.testing.assert_allclose(keyframes.saliency, [0, 1, 0.82812], atol=1e-4)
   assert keyframes.order.tolist() == [5, 10, 1]  # by priority
   assert keyframes.mask.tolist() == [True] * 3
   assert keyframes.logprob == 0
@@ -293,7 +306,11 @@ def test_spare_frames_split_the_longest_segments():
   keyframes = distill(5)  # pieces 0-2, 2-4, 4-6, 6-8, 8-12
   assert keyframes.index.tolist() == [0, 2, 5, 6, 10]
   assert keyframes.segment.tolist() == [
-      [0, 4], [0, 4], [4, 8], [4, 8], [8, 12],
+    [0, 4],
+    [0, 4],
+    [4, 8],
+    [4, 8],
+    [8, 12],
   ]
   # Lengths 2 and 10 for five: shares 1 and 4, pieces of 2, 3, 2, 3.
   keyframes = distill(5, apex=(2,), shown="first")
@@ -308,13 +325,13 @@ def test_priority_keeps_the_best_apexes():
 
 
 @pytest.mark.parametrize(
-    ("shown", "index"),
-    [
-        ("calmest", [1, 5, 10]),
-        ("middle", [1, 5, 9]),
-        ("first", [0, 4, 8]),
-        ("apex", [3, 4, 8]),
-    ],
+  ("shown", "index"),
+  [
+    ("calmest", [1, 5, 10]),
+    ("middle", [1, 5, 9]),
+    ("first", [0, 4, 8]),
+    ("apex", [3, 4, 8]),
+  ],
 )
 def test_shown_golden(shown, index):
   assert distill(3, shown=shown).index.tolist() == index
@@ -350,9 +367,7 @@ def test_query_and_bonus_steer():
   asked = ask(query=query, bonus=jnp.zeros(40))
   cosine = frames @ frames[25]
   cosine /= np.linalg.norm(frames, axis=1) * np.linalg.norm(frames[25])
-  np.testing.assert_allclose(
-      asked.score, plain.score + 2 * cosine, atol=1e-5
-  )
+  np.testing.assert_allclose(asked.score, plain.score + 2 * cosine, atol=1e-5)
   bonus = jnp.zeros(40).at[17].set(50.0)
   told = ask(query=jnp.zeros(12), bonus=bonus)
   assert told.index.tolist()[1] == 17
@@ -392,9 +407,7 @@ def test_static_video_gives_the_uniform_frames(size, number, rounding):
   assert jitted(tad.uniform_index, num_keyframes=number)(mask).tolist() == want
   assert keyframes.mask.tolist() == [k < size for k in range(number)]
   assert not np.any(keyframes.apex) and not np.any(keyframes.saliency)
-  np.testing.assert_allclose(
-      keyframes.weight.sum(1), keyframes.mask, atol=1e-6
-  )
+  np.testing.assert_allclose(keyframes.weight.sum(1), keyframes.mask, atol=1e-6)
   shown = np.asarray(keyframes.weight)[range(real), want[:real]]
   assert np.all(shown > 0)  # the shown frame has weight
 
@@ -461,9 +474,7 @@ def test_time_reversal_mirrors_the_answer(seed):
   assert mirror(back.apex).tolist() == one.apex.tolist()
   if np.flatnonzero(one.apex).tolist() == cuts.tolist():
     assert (39 - back.index[::-1]).tolist() == one.index.tolist()
-    np.testing.assert_allclose(
-        back.embedding[::-1], one.embedding, atol=1e-4
-    )
+    np.testing.assert_allclose(back.embedding[::-1], one.embedding, atol=1e-4)
 
 
 def test_masked_frames_do_not_exist():
@@ -486,10 +497,10 @@ def test_masked_frames_do_not_exist():
   for name in ("variation", "score", "apex"):
     value = np.asarray(getattr(want, name))
     np.testing.assert_allclose(
-        np.asarray(getattr(hole, name))[mask], value, atol=1e-6
+      np.asarray(getattr(hole, name))[mask], value, atol=1e-6
     )
     np.testing.assert_allclose(
-        np.asarray(getattr(tail, name))[:40], value, atol=1e-6
+      np.asarray(getattr(tail, name))[:40], value, atol=1e-6
     )
     assert not np.any(np.asarray(getattr(hole, name))[~real])
   for name in ("embedding", "saliency"):
@@ -498,9 +509,7 @@ def test_masked_frames_do_not_exist():
     np.testing.assert_allclose(getattr(tail, name), value, atol=1e-6)
 
   def loss(frames):
-    keyframes = tad.select_keyframes(
-        frames, jnp.asarray(real), num_keyframes=5
-    )
+    keyframes = tad.select_keyframes(frames, jnp.asarray(real), num_keyframes=5)
     return jnp.sum(keyframes.embedding**2) + jnp.sum(keyframes.score**2)
 
   slope = np.asarray(jax.jit(jax.grad(loss))(spread))
@@ -548,8 +557,8 @@ def test_nan_is_an_error_outside_jit_and_stays_in_its_video_inside():
   want, got = many(batch), many(bad)
   for video in (0, 2):
     chex.assert_trees_all_equal(
-        jax.tree.map(lambda x, video=video: x[video], (got,)),
-        jax.tree.map(lambda x, video=video: x[video], (want,)),
+      jax.tree.map(lambda x, video=video: x[video], (got,)),
+      jax.tree.map(lambda x, video=video: x[video], (want,)),
     )
   uniform = tad.uniform_index(jnp.ones(23, bool), 4)
   assert got.index[1].tolist() == uniform.tolist()
@@ -558,20 +567,20 @@ def test_nan_is_an_error_outside_jit_and_stays_in_its_video_inside():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(num_keyframes=0), "num_keyframes=0"),
-        (dict(num_keyframes=2, scales=()), "scales"),
-        (dict(num_keyframes=2, scales=(0,)), "scales"),
-        (dict(num_keyframes=2, metric="dot"), "metric='dot'.*'cosine', 'l2'"),
-        (dict(num_keyframes=2, min_gap=0), "min_gap"),
-        (dict(num_keyframes=2, smoothing=-1.0), "smoothing"),
-        (dict(num_keyframes=2, shown="best"), "shown"),
-        (dict(num_keyframes=2, crowded="no"), "crowded"),
-        (dict(num_keyframes=2, strength="no"), "strength"),
-        (dict(num_keyframes=2, selection="hard"), "selection"),
-        (dict(num_keyframes=2, selection="stochastic"), "rng"),
-    ],
+  ("settings", "message"),
+  [
+    (dict(num_keyframes=0), "num_keyframes=0"),
+    (dict(num_keyframes=2, scales=()), "scales"),
+    (dict(num_keyframes=2, scales=(0,)), "scales"),
+    (dict(num_keyframes=2, metric="dot"), "metric='dot'.*'cosine', 'l2'"),
+    (dict(num_keyframes=2, min_gap=0), "min_gap"),
+    (dict(num_keyframes=2, smoothing=-1.0), "smoothing"),
+    (dict(num_keyframes=2, shown="best"), "shown"),
+    (dict(num_keyframes=2, crowded="no"), "crowded"),
+    (dict(num_keyframes=2, strength="no"), "strength"),
+    (dict(num_keyframes=2, selection="hard"), "selection"),
+    (dict(num_keyframes=2, selection="stochastic"), "rng"),
+  ],
 )
 def test_settings_out_of_range(settings, message):
   with pytest.raises(ValueError, match=message):
@@ -579,7 +588,7 @@ def test_settings_out_of_range(settings, message):
 
 
 @pytest.mark.parametrize(
-    "selection", ["soft", "straight_through", "stochastic"]
+  "selection", ["soft", "straight_through", "stochastic"]
 )
 def test_memory_is_linear(selection):
   """No array of the program grows as T * T or T * E * K."""
@@ -587,7 +596,7 @@ def test_memory_is_linear(selection):
 
   def run(frames, rng):
     keyframes = tad.select_keyframes(
-        frames, num_keyframes=number, selection=selection, rng=rng
+      frames, num_keyframes=number, selection=selection, rng=rng
     )
     return jnp.sum(keyframes.embedding) + keyframes.logprob
 
@@ -599,7 +608,7 @@ def test_memory_is_linear(selection):
         yield from sizes(inner)
 
   graph = jax.make_jaxpr(jax.grad(run))(
-      jnp.ones((size, width)), jax.random.key(0)
+    jnp.ones((size, width)), jax.random.key(0)
   )
   assert max(sizes(graph.jaxpr)) <= 2 * size * width
 
@@ -620,33 +629,39 @@ def test_soft_gradient_equals_finite_differences():
 
     def loss(frames, query, extra):
       keyframes = tad.select_keyframes(
-          frames, mask, num_keyframes=4, query=query, bonus=extra
+        frames, mask, num_keyframes=4, query=query, bonus=extra
       )
       return (
-          jnp.sum(probe * keyframes.embedding)
-          + jnp.sum(extra * keyframes.score)
-          + jnp.sum(keyframes.weight**2)
+        jnp.sum(probe * keyframes.embedding)
+        + jnp.sum(extra * keyframes.score)
+        + jnp.sum(keyframes.weight**2)
       )
 
     loss = jax.jit(loss)
     slope = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(frames, query, extra)
     step = 1e-5
     want = [
-        (loss(frames + step * ray, query, extra)
-         - loss(frames - step * ray, query, extra)),
-        (loss(frames, query + step * query[::-1], extra)
-         - loss(frames, query - step * query[::-1], extra)),
-        (loss(frames, query, extra + step * ray[:, 0])
-         - loss(frames, query, extra - step * ray[:, 0])),
+      (
+        loss(frames + step * ray, query, extra)
+        - loss(frames - step * ray, query, extra)
+      ),
+      (
+        loss(frames, query + step * query[::-1], extra)
+        - loss(frames, query - step * query[::-1], extra)
+      ),
+      (
+        loss(frames, query, extra + step * ray[:, 0])
+        - loss(frames, query, extra - step * ray[:, 0])
+      ),
     ]
     got = [
-        jnp.sum(slope[0] * ray),
-        jnp.sum(slope[1] * query[::-1]),
-        jnp.sum(slope[2] * ray[:, 0]),
+      jnp.sum(slope[0] * ray),
+      jnp.sum(slope[1] * query[::-1]),
+      jnp.sum(slope[2] * ray[:, 0]),
     ]
     for have, difference in zip(got, want, strict=True):
       assert float(have) == pytest.approx(
-          float(difference) / (2 * step), rel=1e-6
+        float(difference) / (2 * step), rel=1e-6
       )
 
 
@@ -662,7 +677,7 @@ def test_variation_gradient_equals_finite_differences(metric, smoothing):
     @jax.jit
     def loss(frames):
       score = tad.variation_scores(
-          frames, metric=metric, scales=(1, 3), smoothing=smoothing
+        frames, metric=metric, scales=(1, 3), smoothing=smoothing
       )
       return jnp.sum(probe * score)
 
@@ -680,7 +695,7 @@ def test_straight_through():
 
   def loss(frames, selection):
     keyframes = tad.select_keyframes(
-        frames, num_keyframes=4, selection=selection
+      frames, num_keyframes=4, selection=selection
     )
     value = jnp.sum(probe * keyframes.embedding)
     return value + jnp.sum(tilt * keyframes.weight), keyframes
@@ -714,7 +729,7 @@ def test_straight_through_tokens():
     return jnp.sum(2 * jnp.sum(token**2, axis=(1, 2)) * shown)
 
   np.testing.assert_allclose(
-      slope, jax.jit(jax.grad(surrogate))(bonus), atol=1e-5
+    slope, jax.jit(jax.grad(surrogate))(bonus), atol=1e-5
   )
   assert np.any(slope != 0)
 
@@ -727,8 +742,9 @@ def log_probability(score, order, min_gap):
   total, picked = 0.0, []
   for pick in order:
     free = [
-        t for t in range(len(score))
-        if all(abs(t - other) >= min_gap for other in picked)
+      t
+      for t in range(len(score))
+      if all(abs(t - other) >= min_gap for other in picked)
     ] or [t for t in range(len(score)) if t not in picked]
     if pick not in free:
       return -math.inf
@@ -738,7 +754,7 @@ def log_probability(score, order, min_gap):
 
 
 @pytest.mark.parametrize(
-    ("size", "number", "min_gap"), [(7, 3, 2), (6, 3, 2), (5, 3, 1), (5, 2, 3)]
+  ("size", "number", "min_gap"), [(7, 3, 2), (6, 3, 2), (5, 3, 1), (5, 2, 3)]
 )
 def test_logprob_equals_enumeration(size, number, min_gap):
   score = np.random.default_rng(size).normal(size=size)
@@ -750,10 +766,10 @@ def test_logprob_equals_enumeration(size, number, min_gap):
       want.append(value)
   assert sum(map(math.exp, want)) == pytest.approx(1)
   logprob = functools.partial(
-      tad.selection_logprob, temperature=0.7, min_gap=min_gap
+    tad.selection_logprob, temperature=0.7, min_gap=min_gap
   )
   got = jax.jit(jax.vmap(logprob, (None, 0)))(
-      jnp.asarray(score, jnp.float32), jnp.asarray(orders)
+    jnp.asarray(score, jnp.float32), jnp.asarray(orders)
   )
   np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -762,13 +778,11 @@ def test_logprob_golden():
   # Plackett-Luce over weights 1, 2, 3: 3/6 * 1/3; frame 3 does not exist.
   score = jnp.log(jnp.asarray([1.0, 2, 3, 9]))
   mask = jnp.asarray([True, True, True, False])
-  value = tad.selection_logprob(
-      score, jnp.asarray([2, 0]), mask, min_gap=1
-  )
+  value = tad.selection_logprob(score, jnp.asarray([2, 0]), mask, min_gap=1)
   assert value == pytest.approx(math.log(1 / 6), abs=1e-6)
   # A fourth pick there is none: slot T counts for nothing.
   value = tad.selection_logprob(
-      score, jnp.asarray([2, 0, 1, 4]), mask, min_gap=1
+    score, jnp.asarray([2, 0, 1, 4]), mask, min_gap=1
   )
   assert value == pytest.approx(math.log(1 / 6), abs=1e-6)
 
@@ -784,15 +798,15 @@ def draws(count):
 
 def stochastic(frames, curve, rng):
   return tad.distill_keyframes(
-      frames,
-      jnp.zeros(5),
-      jnp.zeros(5, bool),
-      jnp.zeros(5),
-      num_keyframes=2,
-      selection="stochastic",
-      bonus=curve,
-      rng=rng,
-      min_gap=2,
+    frames,
+    jnp.zeros(5),
+    jnp.zeros(5, bool),
+    jnp.zeros(5),
+    num_keyframes=2,
+    selection="stochastic",
+    bonus=curve,
+    rng=rng,
+    min_gap=2,
   )
 
 
@@ -812,11 +826,13 @@ def test_reinforce_estimates_the_exact_gradient():
   _, curve, drawn = draws(20_000)
   reward = jnp.asarray([0.0, 1.0, 0.2, -0.5, 2.0])
   logprob = functools.partial(tad.selection_logprob, min_gap=2)
-  orders = jnp.asarray([
+  orders = jnp.asarray(
+    [
       picks
       for picks in itertools.permutations(range(5), 2)
       if abs(picks[0] - picks[1]) > 1
-  ])
+    ]
+  )
 
   def expected(curve):
     chance = jnp.exp(jax.vmap(logprob, (None, 0))(curve, orders))
@@ -846,12 +862,12 @@ def test_stochastic_selection_of_videos():
   assert one.order[1, 3:].tolist() == [23, 23]
   for video in range(2):
     value = jitted(tad.selection_logprob, temperature=2.0)(
-        one.score[video], one.order[video], mask[video]
+      one.score[video], one.order[video], mask[video]
     )
     assert float(value) == pytest.approx(float(one.logprob[video]), abs=1e-5)
     real = one.index[video][one.mask[video]]
     np.testing.assert_array_equal(
-        one.embedding[video][one.mask[video]], batch[video][real]
+      one.embedding[video][one.mask[video]], batch[video][real]
     )
 
 
@@ -877,23 +893,23 @@ def test_descriptor_weighs_a_shape_above_motion_and_light(seed):
   shape = plain.copy()
   shape[16:48, 20:52] = (225, 35, 35)
   frames = {
-      "plain": plain,
-      "moved": texture[3:67, 2:66],
-      "darker": 0.8 * plain,
-      "brighter": 1.2 * plain,
-      "shape": shape,
-      "moved shape": np.roll(shape, (4, -6), (0, 1)),
-      "noisy": plain + np.random.default_rng(0).normal(0, 5, plain.shape),
+    "plain": plain,
+    "moved": texture[3:67, 2:66],
+    "darker": 0.8 * plain,
+    "brighter": 1.2 * plain,
+    "shape": shape,
+    "moved shape": np.roll(shape, (4, -6), (0, 1)),
+    "noisy": plain + np.random.default_rng(0).normal(0, 5, plain.shape),
   }
   stack = np.stack(list(frames.values())).clip(0, 255).astype(np.uint8)
   found = np.asarray(jitted(tad.pixel_descriptor)(stack))
   found = dict(zip(frames, found, strict=True))
   small = [
-      distance(found["plain"], found[name])
-      for name in ("moved", "darker", "brighter", "noisy")
+    distance(found["plain"], found[name])
+    for name in ("moved", "darker", "brighter", "noisy")
   ]
   large = [
-      distance(found["plain"], found[name]) for name in ("shape", "moved shape")
+    distance(found["plain"], found[name]) for name in ("shape", "moved shape")
   ]
   assert min(large) > 3 * max(small), (small, large)
 
@@ -909,7 +925,7 @@ def test_descriptor_tells_light_from_dark_places():
 @pytest.mark.parametrize("shape", [(4, 4), (31, 47), (64, 64), (90, 160)])
 def test_descriptor_shapes(shape):
   frames = np.random.default_rng(0).integers(
-      0, 256, (2, 3, *shape, 3), dtype=np.uint8
+    0, 256, (2, 3, *shape, 3), dtype=np.uint8
   )
   found = jitted(tad.pixel_descriptor)(frames)
   assert found.shape == (2, 3, 98) and found.dtype == jnp.float32

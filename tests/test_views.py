@@ -25,9 +25,7 @@ def experiment(cache_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(experiment):
-  return pipeline.collate(
-      experiment.samples["test"][:4], np.arange(4), **SCAN
-  )
+  return pipeline.collate(experiment.samples["test"][:4], np.arange(4), **SCAN)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +35,8 @@ def prepared(experiment, batch):
 
 def _equal_prompts(left, right):
   return all(
-      np.array_equal(a, b)
-      for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))
+    np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))
   )
 
 
@@ -62,10 +60,10 @@ def test_frames_are_those_of_the_keyframes(experiment, batch, prepared):
   number = batch.frame_index[rows, keyframes.index]
   reader = pipeline.FrameReader((28, 56), cache_mib=0, num_threads=1)
   np.testing.assert_array_equal(
-      prepared.frames[:, :4], reader.read(batch.samples, number)
+    prepared.frames[:, :4], reader.read(batch.samples, number)
   )
   np.testing.assert_allclose(
-      prepared.frame_time_s[:, :4], batch.scan_time_s[rows, keyframes.index]
+    prepared.frame_time_s[:, :4], batch.scan_time_s[rows, keyframes.index]
   )
   assert np.all(np.diff(prepared.frame_time_s[:, :4]) > 0)
   assert np.all(np.diff(prepared.frame_time_s[:, 4:]) > 0)
@@ -79,14 +77,16 @@ def test_ordered_uniform_and_reversed(prepared):
 
 
 def test_the_words_of_a_prompt_are_the_times_of_its_frames(
-    experiment, batch, prepared
+  experiment, batch, prepared
 ):
   for arm, first in (("keyframes", 0), ("uniform", 4)):
     row = prompts.build_prompt(
-        experiment.tokenizer, batch.samples[2].question,
-        batch.samples[2].options,
-        frame_time_s=prepared.frame_time_s[2, first : first + 4], grid=(1, 2),
-        **experiment.config.prompt.build,
+      experiment.tokenizer,
+      batch.samples[2].question,
+      batch.samples[2].options,
+      frame_time_s=prepared.frame_time_s[2, first : first + 4],
+      grid=(1, 2),
+      **experiment.config.prompt.build,
     )
     prompt = prepared.view[arm].prompt
     count = len(row.token)
@@ -105,12 +105,12 @@ def test_only_the_pictures_move(prepared, arm):
 
 
 def test_a_shuffled_view_is_a_permutation_and_not_the_identity(
-    experiment, batch, prepared
+  experiment, batch, prepared
 ):
   drawn = [prepared.view["shuffled"].frame, prepared.view["shuffled_1"].frame]
   drawn += [
-      experiment.make_views(batch, ("shuffled",), draw=n).view["shuffled"].frame
-      for n in range(1, 4)
+    experiment.make_views(batch, ("shuffled",), draw=n).view["shuffled"].frame
+    for n in range(1, 4)
   ]
   for frame in drawn:
     np.testing.assert_array_equal(np.sort(frame), [np.arange(4)] * 4)
@@ -123,7 +123,7 @@ def test_a_shuffled_view_is_a_permutation_and_not_the_identity(
 
 
 def test_a_permutation_does_not_depend_on_the_batch(
-    experiment, batch, prepared
+  experiment, batch, prepared
 ):
   one = pipeline.collate(batch.samples[2:3], np.array([2]), **SCAN)
   alone = experiment.make_views(one, ("shuffled",)).view["shuffled"].frame
@@ -136,9 +136,7 @@ def test_permute_slots(num_valid):
     order = views.permute_slots(num_valid, 5, np.random.default_rng(seed))
     assert order.dtype == np.int32
     assert sorted(order) == list(range(5))
-    np.testing.assert_array_equal(
-        order[num_valid:], np.arange(num_valid, 5)
-    )
+    np.testing.assert_array_equal(order[num_valid:], np.arange(num_valid, 5))
     assert (num_valid < 2) == bool(np.all(order == np.arange(5)))
 
 
@@ -173,10 +171,15 @@ def short(experiment, write_video, tmp_path_factory):
   for count in (3, 1):
     path = folder / f"{count}.mp4"
     write_video(path, rng.integers(0, 255, (count, 64, 64, 3), np.uint8))
-    samples.append(records.Sample(
-        id=str(count), video=str(path), question="Which colour appears first?",
-        options=("red", "green", "blue", "pink"), answer="A",
-    ))
+    samples.append(
+      records.Sample(
+        id=str(count),
+        video=str(path),
+        question="Which colour appears first?",
+        options=("red", "green", "blue", "pink"),
+        answer="A",
+      )
+    )
   batch = pipeline.collate(samples, np.arange(2), **SCAN)
   return experiment.make_views(batch, ALL)
 
@@ -192,7 +195,7 @@ def test_fewer_frames_than_slots(short):
     np.testing.assert_array_equal((visual >= 0).sum(1), [6, 2])
     np.testing.assert_array_equal(visual.max(axis=1), [5, 1])
   np.testing.assert_array_equal(
-      short.view["reversed"].frame, [[2, 1, 0, 3], [0, 1, 2, 3]]
+    short.view["reversed"].frame, [[2, 1, 0, 3], [0, 1, 2, 3]]
   )
   shuffled = short.view["shuffled"].frame
   assert shuffled[0, 3] == 3 and np.any(shuffled[0] != np.arange(4))
@@ -209,13 +212,19 @@ def test_unknown_arm(experiment, batch):
 def test_overlong_prompt_names_the_setting(experiment, batch):
   config = experiment.config
   maker = views.ViewMaker(
-      experiment.tokenizer,
-      views.make_selector(descriptor="pixels", **config.tad),
-      pipeline.FrameReader((28, 56), cache_mib=0, num_threads=1),
-      prompt=dict(config.prompt.build), max_prompt_tokens=20,
-      patch=(14, 2, 2), num_keyframes=4, num_shuffles=1, seed=0,
+    experiment.tokenizer,
+    views.make_selector(descriptor="pixels", **config.tad),
+    pipeline.FrameReader((28, 56), cache_mib=0, num_threads=1),
+    prompt=dict(config.prompt.build),
+    max_prompt_tokens=20,
+    patch=(14, 2, 2),
+    num_keyframes=4,
+    num_shuffles=1,
+    seed=0,
   )
-  with pytest.raises(ValueError, match="budget is 20.*config.prompt.max_tokens"):
+  with pytest.raises(
+    ValueError, match="budget is 20.*config.prompt.max_tokens"
+  ):
     maker(batch, ("keyframes",))
 
 
@@ -239,7 +248,7 @@ def test_scan_by_the_vision_tower(experiment, batch, cache_dir, tmp_path):
   config.data.loader.scan_size_px = (28, 28)
   made = experiment_lib.build(config, tmp_path)
   few = pipeline.collate(
-      batch.samples[:2], np.arange(2), scan_frames=64, scan_size_px=(28, 28)
+    batch.samples[:2], np.arange(2), scan_frames=64, scan_size_px=(28, 28)
   )
   keyframes = made.make_views(few, ("keyframes",)).keyframes
   assert keyframes.embedding.shape == (2, 4, 32)

@@ -24,13 +24,13 @@ ANSWER = ("<answer>", "</answer>")
 
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\)?)[.:]?")
 _NUMBER = re.compile(
-    r"[+-]?(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?:\.\d{1,15})?", re.ASCII
+  r"[+-]?(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?:\.\d{1,15})?", re.ASCII
 )
 _SECONDS = r"(\d{1,7}(?:\.\d{1,6})?) ?(?:s|sec|seconds)?"
 _INTERVAL = re.compile(rf"{_SECONDS} ?(?:to|and|,|-) ?{_SECONDS}", re.ASCII)
 _CITED = re.compile(
-    r"(?<![\d.])(\d{1,7}(?:\.\d{1,6})?) ?s(?:ec|econds?)?(?![A-Za-z0-9])",
-    re.ASCII,
+  r"(?<![\d.])(\d{1,7}(?:\.\d{1,6})?) ?s(?:ec|econds?)?(?![A-Za-z0-9])",
+  re.ASCII,
 )
 
 
@@ -89,14 +89,14 @@ def parse_completion(text: str) -> Completion:
   else:
     between = text[think[1] + len(THINK[1]) : answer[0] - len(ANSWER[0])]
     well_formed = (
-        think[0] == len(THINK[0])
-        and not between.strip()
-        and answer[1] + len(ANSWER[1]) == len(text)
+      think[0] == len(THINK[0])
+      and not between.strip()
+      and answer[1] + len(ANSWER[1]) == len(text)
     )
   return Completion(
-      reasoning="" if think is None else text[think[0] : think[1]],
-      answer=None if answer is None else text[answer[0] : answer[1]].strip(),
-      well_formed=well_formed,
+    reasoning="" if think is None else text[think[0] : think[1]],
+    answer=None if answer is None else text[answer[0] : answer[1]].strip(),
+    well_formed=well_formed,
   )
 
 
@@ -122,8 +122,7 @@ def read_choice(answer: str, options: Sequence[str]) -> int | None:
     number = string.ascii_uppercase.index(match[1] or match[2])
     rest = answer[match.end() :]
     if number < len(options) and (
-        not rest
-        or rest[0].isspace() and _plain(rest) == _plain(options[number])
+      not rest or rest[0].isspace() and _plain(rest) == _plain(options[number])
     ):
       return number
   same = [n for n, option in enumerate(options) if option.strip() == answer]
@@ -162,7 +161,7 @@ def cited_times(text: str) -> tuple[float, ...]:
 
 
 def cited_keyframes(
-    text: str, frame_time_s: np.ndarray, *, tolerance_s: float
+  text: str, frame_time_s: np.ndarray, *, tolerance_s: float
 ) -> np.ndarray:
   """Which keyframes a text cites by their time.
 
@@ -189,7 +188,7 @@ def cited_keyframes(
 
 
 def interval_iou(
-    first: tuple[float, float], second: tuple[float, float]
+  first: tuple[float, float], second: tuple[float, float]
 ) -> float:
   """Intersection over union of two intervals; 0 if either has no length."""
   overlap = min(first[1], second[1]) - max(first[0], second[0])
@@ -222,8 +221,8 @@ def accuracy(answer: str | None, sample) -> float:
     truth = read_choice(sample.answer, sample.options)
     if truth is None:
       raise ValueError(
-          f"sample {sample.id!r}: answer {sample.answer!r} is no letter of its"
-          f" {len(sample.options)} options; fix the sample"
+        f"sample {sample.id!r}: answer {sample.answer!r} is no letter of its"
+        f" {len(sample.options)} options; fix the sample"
       )
     chosen = None if answer is None else read_choice(answer, sample.options)
     return float(chosen == truth)
@@ -231,8 +230,8 @@ def accuracy(answer: str | None, sample) -> float:
     truth = read_number(sample.answer)
     if truth is None:
       raise ValueError(
-          f"sample {sample.id!r}: answer {sample.answer!r} is no number; fix"
-          " the sample"
+        f"sample {sample.id!r}: answer {sample.answer!r} is no number; fix"
+        " the sample"
       )
     value = None if answer is None else read_number(answer)
     if value is None or ("." in answer) != ("." in sample.answer):
@@ -241,8 +240,8 @@ def accuracy(answer: str | None, sample) -> float:
   if sample.kind == "interval":
     if sample.start_s is None or sample.end_s is None:
       raise ValueError(
-          f"sample {sample.id!r}: an interval question without start_s and"
-          " end_s; fix the sample"
+        f"sample {sample.id!r}: an interval question without start_s and"
+        " end_s; fix the sample"
       )
     found = None if answer is None else read_interval(answer)
     if found is None:
@@ -251,8 +250,8 @@ def accuracy(answer: str | None, sample) -> float:
   if sample.kind == "free_form":
     return float(answer is not None and _plain(answer) == _plain(sample.answer))
   raise ValueError(
-      f"sample {sample.id!r}: kind must be 'multiple_choice', 'numerical',"
-      f" 'interval' or 'free_form', got {sample.kind!r}; fix the sample"
+    f"sample {sample.id!r}: kind must be 'multiple_choice', 'numerical',"
+    f" 'interval' or 'free_form', got {sample.kind!r}; fix the sample"
   )
 
 
@@ -261,8 +260,12 @@ def is_correct(text: str, sample) -> bool:
   return accuracy(parse_completion(text).answer, sample) >= 0.5
 
 
-def _answer_tokens(pieces: Sequence[bytes]) -> np.ndarray:
-  """bool[len(pieces)]: tokens with a byte of the answer (white space cut)."""
+def answer_tokens(pieces: Sequence[bytes]) -> np.ndarray:
+  """bool[len(pieces)]: tokens with a byte of the answer (white space cut).
+
+  Args:
+    pieces: UTF-8 bytes of the tokens of a completion with one answer tag.
+  """
   joined = b"".join(pieces)
   # Tags are ASCII, so they stand in the bytes where they stand in the text.
   start = joined.index(ANSWER[0].encode()) + len(ANSWER[0])
@@ -276,13 +279,13 @@ def _answer_tokens(pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def judge(
-    tokenizer: prompts.Tokenizer,
-    samples: Sequence,
-    token: np.ndarray,
-    mask: np.ndarray,
-    *,
-    frame_time_s: np.ndarray,
-    cite_tolerance_s: float = 0.051,
+  tokenizer: prompts.Tokenizer,
+  samples: Sequence,
+  token: np.ndarray,
+  mask: np.ndarray,
+  *,
+  frame_time_s: np.ndarray,
+  cite_tolerance_s: float = 0.051,
 ) -> Judgement:
   """Reads every completion of a batch.
 
@@ -300,13 +303,13 @@ def judge(
   """
   shape = token.shape[:2]
   made = Judgement(
-      component={
-          "accuracy": np.zeros(shape, np.float32),
-          "format": np.zeros(shape, np.float32),
-      },
-      answer_span=np.zeros(token.shape, dtype=bool),
-      length=mask.sum(axis=-1).astype(np.int32),
-      cited=np.zeros((*shape, frame_time_s.shape[1]), dtype=bool),
+    component={
+      "accuracy": np.zeros(shape, np.float32),
+      "format": np.zeros(shape, np.float32),
+    },
+    answer_span=np.zeros(token.shape, dtype=bool),
+    length=mask.sum(axis=-1).astype(np.int32),
+    cited=np.zeros((*shape, frame_time_s.shape[1]), dtype=bool),
   )
   for b, g in np.ndindex(*shape):
     slots = np.flatnonzero(mask[b, g] & (token[b, g] != tokenizer.eos_id))
@@ -316,15 +319,15 @@ def judge(
     made.component["accuracy"][b, g] = accuracy(parsed.answer, samples[b])
     made.component["format"][b, g] = parsed.well_formed
     if parsed.answer is not None:
-      made.answer_span[b, g, slots] = _answer_tokens(pieces)
+      made.answer_span[b, g, slots] = answer_tokens(pieces)
     made.cited[b, g] = cited_keyframes(
-        parsed.reasoning, frame_time_s[b], tolerance_s=cite_tolerance_s
+      parsed.reasoning, frame_time_s[b], tolerance_s=cite_tolerance_s
     )
   return made
 
 
 def evidence_keyframes(
-    samples: Sequence, frame_time_s: np.ndarray, *, slack_s: float = 0.0
+  samples: Sequence, frame_time_s: np.ndarray, *, slack_s: float = 0.0
 ) -> np.ndarray:
   """Which keyframes lie inside a sample's annotated evidence.
 
@@ -341,6 +344,6 @@ def evidence_keyframes(
   for b, sample in enumerate(samples):
     for start, end in sample.evidence or ():
       inside[b] |= (frame_time_s[b] >= start - slack_s) & (
-          frame_time_s[b] <= end + slack_s
+        frame_time_s[b] <= end + slack_s
       )
   return inside

@@ -18,35 +18,49 @@ from absl import app, flags
 from cf_jax.data import prompts
 
 _OUT = flags.DEFINE_string(
-    "out", str(prompts.TINY_TOKENIZER), "folder of the files"
+  "out", str(prompts.TINY_TOKENIZER), "folder of the files"
 )
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Qwen2.5's split. It would cut "<think>" in two, so the tags go before it.
 QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLIT = "|".join(TAGS) + "|" + QWEN_SPLIT
 
 COLOURS = (
-    "red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan",
-    "magenta", "brown", "white", "black", "gray", "teal", "lime", "navy",
+  "red",
+  "green",
+  "blue",
+  "yellow",
+  "orange",
+  "purple",
+  "pink",
+  "cyan",
+  "magenta",
+  "brown",
+  "white",
+  "black",
+  "gray",
+  "teal",
+  "lime",
+  "navy",
 )
 SENTENCES = (
-    "You are a helpful assistant.",
-    "Which colour of shape appears in the video?",
-    "Which color of shape appears in the video?",
-    "Which colour appears first?",
-    "Which of these colours appears last?",
-    "How many times does a shape appear?",
-    "Does the disc, the square, the diamond or the ring appear before it?",
-    "When does this event happen? What comes after that, and then?",
-    "Think, then answer.",
-    "Answer with one letter.",
-    "yes no none one two three four five once twice",
-    "system user assistant frame frames time seconds second video image",
-    "start end from to between at is was of on in not",
+  "You are a helpful assistant.",
+  "Which colour of shape appears in the video?",
+  "Which color of shape appears in the video?",
+  "Which colour appears first?",
+  "Which of these colours appears last?",
+  "How many times does a shape appear?",
+  "Does the disc, the square, the diamond or the ring appear before it?",
+  "When does this event happen? What comes after that, and then?",
+  "Think, then answer.",
+  "Answer with one letter.",
+  "yes no none one two three four five once twice",
+  "system user assistant frame frames time seconds second video image",
+  "start end from to between at is was of on in not",
 )
 
 CHAT_TEMPLATE = """\
@@ -93,25 +107,31 @@ def train(texts: Iterable[str]) -> tokenizers.Tokenizer:
   made = tokenizers.Tokenizer(tokenizers.models.BPE())
   made.normalizer = tokenizers.normalizers.NFC()
   byte_level = tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False, use_regex=False
+    add_prefix_space=False, use_regex=False
   )
-  made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
       tokenizers.pre_tokenizers.Split(
-          tokenizers.Regex(SPLIT), behavior="isolated"
+        tokenizers.Regex(SPLIT), behavior="isolated"
       ),
       byte_level,
-  ])
+    ]
+  )
   made.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-      # A ceiling that is not reached: training ends when no pair is left.
-      vocab_size=4096, min_frequency=1, show_progress=False,
-      initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    # A ceiling that is not reached: training ends when no pair is left.
+    vocab_size=4096,
+    min_frequency=1,
+    show_progress=False,
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
   )
   made.train_from_iterator(texts, trainer)
-  made.add_special_tokens([
+  made.add_special_tokens(
+    [
       tokenizers.AddedToken(name, special=True, normalized=False)
       for name in prompts.ADDED_TOKENS
-  ])
+    ]
+  )
   return made
 
 
@@ -120,13 +140,13 @@ def write(out: pathlib.Path) -> None:
   out.mkdir(parents=True, exist_ok=True)
   train(corpus()).save(str(out / "tokenizer.json"))
   settings = {
-      "chat_template": CHAT_TEMPLATE,
-      "eos_token": "<|im_end|>",
-      "pad_token": "<|endoftext|>",
-      "tokenizer_class": "Qwen2Tokenizer",
+    "chat_template": CHAT_TEMPLATE,
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "tokenizer_class": "Qwen2Tokenizer",
   }
   (out / "tokenizer_config.json").write_text(
-      json.dumps(settings, indent=2) + "\n"
+    json.dumps(settings, indent=2) + "\n"
   )
 
 

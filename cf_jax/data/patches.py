@@ -26,7 +26,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(
-    height: int, width: int, *, patch: int = 14, merge: int = 2
+  height: int, width: int, *, patch: int = 14, merge: int = 2
 ) -> Grid:
   """The grid of a frame of that many pixels.
 
@@ -36,9 +36,9 @@ def grid_of(
   side = patch * merge
   if height % side or width % side or min(height, width) < side:
     raise ValueError(
-        f"frames of {height} x {width} px do not divide into squares of"
-        f" {side} px (patch {patch} x merge {merge}); change"
-        " data.reader.size_px (or data.loader.scan_size_px) to multiples"
+      f"frames of {height} x {width} px do not divide into squares of"
+      f" {side} px (patch {patch} x merge {merge}); change"
+      " data.reader.size_px (or data.loader.scan_size_px) to multiples"
     )
   return Grid(height // patch, width // patch)
 
@@ -49,14 +49,14 @@ def num_tokens(grid: Grid, *, merge: int = 2) -> int:
 
 
 def frames_to_patches(
-    frames: np.ndarray,
-    *,
-    patch: int = 14,
-    merge: int = 2,
-    temporal: int = 2,
-    pair: bool = False,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
+  frames: np.ndarray,
+  *,
+  patch: int = 14,
+  merge: int = 2,
+  temporal: int = 2,
+  pair: bool = False,
+  mean: tuple[float, float, float] = MEAN,
+  std: tuple[float, float, float] = STD,
 ) -> np.ndarray:
   """Cuts frames into normalised patches.
 
@@ -80,8 +80,8 @@ def frames_to_patches(
   """
   if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
     raise ValueError(
-        f"frames must be uint8[n, h, w, 3], got {frames.dtype}"
-        f"{list(frames.shape)}"
+      f"frames must be uint8[n, h, w, 3], got {frames.dtype}"
+      f"{list(frames.shape)}"
     )
   grid = grid_of(*frames.shape[1:3], patch=patch, merge=merge)
   # A byte has 256 values: normalise them, not the pixels.
@@ -94,10 +94,15 @@ def frames_to_patches(
   else:
     slots = 1
   ordered = einops.rearrange(
-      frames,
-      "(n t) (gh mh ph) (gw mw pw) c -> n (gh gw mh mw) c t (ph pw)",
-      t=slots, gh=grid.height // merge, gw=grid.width // merge,
-      mh=merge, mw=merge, ph=patch, pw=patch,
+    frames,
+    "(n t) (gh mh ph) (gw mw pw) c -> n (gh gw mh mw) c t (ph pw)",
+    t=slots,
+    gh=grid.height // merge,
+    gw=grid.width // merge,
+    mh=merge,
+    mw=merge,
+    ph=patch,
+    pw=patch,
   )
   count, length = ordered.shape[:2]
   pixel = np.empty((count, length, 3, temporal, patch * patch), np.float32)

@@ -51,20 +51,20 @@ class _Unreadable(NamedTuple):
 
 
 def make_loader(
-    samples: Sequence[records.Sample],
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    num_workers: int = 0,
-    num_threads: int = 2,
-    scan_frames: int = 96,
-    scan_size_px: tuple[int, int] = (32, 32),
-    scan_cache_mib: int = 1024,
-    max_skip_fraction: float = 0.01,
+  samples: Sequence[records.Sample],
+  *,
+  batch_size: int,
+  seed: int,
+  shuffle: bool = True,
+  num_epochs: int | None = None,
+  shard_index: int = 0,
+  shard_count: int = 1,
+  num_workers: int = 0,
+  num_threads: int = 2,
+  scan_frames: int = 96,
+  scan_size_px: tuple[int, int] = (32, 32),
+  scan_cache_mib: int = 1024,
+  max_skip_fraction: float = 0.01,
 ) -> "Loader":
   """An iterator over batches of one host's share of the samples.
 
@@ -93,40 +93,49 @@ def make_loader(
   share = len(samples) // shard_count
   if not 0 <= shard_index < shard_count or share < 1:
     raise ValueError(
-        f"got shard {shard_index} of {shard_count} for {len(samples)} samples;"
-        " expected at least one sample a host"
+      f"got shard {shard_index} of {shard_count} for {len(samples)} samples;"
+      " expected at least one sample a host"
     )
   if not 1 <= batch_size <= share:
     raise ValueError(
-        f"batch_size is {batch_size}, and a host has {share} samples; lower the"
-        " batch size or give more samples"
+      f"batch_size is {batch_size}, and a host has {share} samples; lower the"
+      " batch size or give more samples"
     )
   scanner = _Scanner(
-      list(samples), scan_frames, tuple(scan_size_px),
-      scan_cache_mib * 2**20 // max(num_workers, 1),
+    list(samples),
+    scan_frames,
+    tuple(scan_size_px),
+    scan_cache_mib * 2**20 // max(num_workers, 1),
   )
   dataset = grain.MapDataset.range(
-      shard_index, share * shard_count, shard_count
+    shard_index, share * shard_count, shard_count
   )
   if shuffle:
     dataset = dataset.shuffle(seed=seed)
-  stream = dataset.repeat(num_epochs).map(scanner).to_iter_dataset(
+  stream = (
+    dataset.repeat(num_epochs)
+    .map(scanner)
+    .to_iter_dataset(
       grain.ReadOptions(
-          num_threads=num_threads, prefetch_buffer_size=4 * num_threads
+        num_threads=num_threads, prefetch_buffer_size=4 * num_threads
       )
+    )
   )
   if num_workers:
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own
       flags.FLAGS.mark_as_parsed()
     stream = stream.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=num_workers)
+      grain.MultiprocessingOptions(num_workers=num_workers)
     )
   order = [seed, shuffle, num_epochs, shard_index, shard_count, num_workers]
   names = "\n".join([*map(str, order), *(sample.id for sample in samples)])
   return Loader(
-      iter(stream), list(samples), batch_size=batch_size,
-      max_skipped=int(max_skip_fraction * share), share=share,
-      fingerprint=zlib.crc32(names.encode()),
+    iter(stream),
+    list(samples),
+    batch_size=batch_size,
+    max_skipped=int(max_skip_fraction * share),
+    share=share,
+    fingerprint=zlib.crc32(names.encode()),
   )
 
 
@@ -138,7 +147,7 @@ class Loader:
   """
 
   def __init__(
-      self, scans, samples, *, batch_size, max_skipped, share, fingerprint
+    self, scans, samples, *, batch_size, max_skipped, share, fingerprint
   ):
     self._scans = scans
     self._samples = samples
@@ -184,17 +193,17 @@ class Loader:
     if len(self.skipped) > self._max_skipped:
       listed = "; ".join(list(self.skipped.values())[:5])
       raise ValueError(
-          f"{len(self.skipped)} of {self._share} videos cannot be read, at most"
-          f" {self._max_skipped} may be skipped (data.max_skip_fraction):"
-          f" {listed}"
+        f"{len(self.skipped)} of {self._share} videos cannot be read, at most"
+        f" {self._max_skipped} may be skipped (data.max_skip_fraction):"
+        f" {listed}"
       )
 
   def get_state(self) -> dict[str, Any]:
     """What `set_state` needs to go on after the last batch; plain JSON."""
     return {
-        "fingerprint": self._fingerprint,
-        "skipped": dict(self.skipped),
-        "scans": self._scans.get_state(),
+      "fingerprint": self._fingerprint,
+      "skipped": dict(self.skipped),
+      "scans": self._scans.get_state(),
     }
 
   def close(self) -> None:
@@ -209,20 +218,20 @@ class Loader:
     """
     if state["fingerprint"] != self._fingerprint:
       raise ValueError(
-          "the saved loader state is of other samples, or of another seed,"
-          " shuffle, number of hosts or of workers; go on with the settings it"
-          " was saved under, or start in a new workdir"
+        "the saved loader state is of other samples, or of another seed,"
+        " shuffle, number of hosts or of workers; go on with the settings it"
+        " was saved under, or start in a new workdir"
       )
     self.skipped = dict(state["skipped"])
     self._scans.set_state(state["scans"])
 
 
 def collate(
-    samples: Sequence[records.Sample],
-    sample_index: np.ndarray,
-    *,
-    scan_frames: int,
-    scan_size_px: tuple[int, int],
+  samples: Sequence[records.Sample],
+  sample_index: np.ndarray,
+  *,
+  scan_frames: int,
+  scan_size_px: tuple[int, int],
 ) -> Batch:
   """Scans the videos of a fixed list of samples into one batch.
 
@@ -239,21 +248,21 @@ def collate(
   for sample in samples:
     if sample.video not in scans:
       scans[sample.video] = video.scan_frames(
-          sample.video, scan_frames, tuple(scan_size_px)
+        sample.video, scan_frames, tuple(scan_size_px)
       )
   return _stack(
-      list(samples), sample_index, [scans[sample.video] for sample in samples]
+    list(samples), sample_index, [scans[sample.video] for sample in samples]
   )
 
 
 def _stack(samples, index, scans) -> Batch:
   return Batch(
-      sample_index=np.asarray(index, np.int32),
-      samples=samples,
-      scan=np.stack([scan.frames for scan in scans]),
-      scan_mask=np.stack([scan.mask for scan in scans]),
-      scan_time_s=np.stack([scan.time_s for scan in scans]).astype(np.float32),
-      frame_index=np.stack([scan.frame_index for scan in scans]),
+    sample_index=np.asarray(index, np.int32),
+    samples=samples,
+    scan=np.stack([scan.frames for scan in scans]),
+    scan_mask=np.stack([scan.mask for scan in scans]),
+    scan_time_s=np.stack([scan.time_s for scan in scans]).astype(np.float32),
+    frame_index=np.stack([scan.frame_index for scan in scans]),
   )
 
 
@@ -319,7 +328,7 @@ class FrameReader:
   """
 
   def __init__(
-      self, size_px: tuple[int, int], *, cache_mib: int, num_threads: int
+    self, size_px: tuple[int, int], *, cache_mib: int, num_threads: int
   ):
     self.size_px = tuple(size_px)
     height, width = self.size_px
@@ -329,7 +338,7 @@ class FrameReader:
     self._pool = concurrent.futures.ThreadPoolExecutor(num_threads)
 
   def read(
-      self, samples: Sequence[records.Sample], index: np.ndarray
+    self, samples: Sequence[records.Sample], index: np.ndarray
   ) -> np.ndarray:
     """Frames of several videos.
 
@@ -346,12 +355,12 @@ class FrameReader:
     index = np.asarray(index)
     if index.ndim != 2 or len(index) != len(samples):
       raise ValueError(
-          f"index must be int[{len(samples)}, N], got {list(index.shape)}"
+        f"index must be int[{len(samples)}, N], got {list(index.shape)}"
       )
     out = np.empty((*index.shape, *self.size_px, 3), np.uint8)
     jobs = [
-        self._pool.submit(self._fill, sample.video, row, frames)
-        for sample, row, frames in zip(samples, index, out)
+      self._pool.submit(self._fill, sample.video, row, frames)
+      for sample, row, frames in zip(samples, index, out)
     ]
     for job in jobs:
       job.result()

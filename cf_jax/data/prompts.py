@@ -39,13 +39,28 @@ TINY_TOKENIZER = pathlib.Path(__file__).parent / "assets" / "tiny_tokenizer"
 
 # The added tokens of Qwen2.5-VL, in the order of their ids.
 ADDED_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|object_ref_start|>", "<|object_ref_end|>",
-    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
-    "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-    "<|repo_name|>", "<|file_sep|>",
+  "<|endoftext|>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|object_ref_start|>",
+  "<|object_ref_end|>",
+  "<|box_start|>",
+  "<|box_end|>",
+  "<|quad_start|>",
+  "<|quad_end|>",
+  "<|vision_start|>",
+  "<|vision_end|>",
+  "<|vision_pad|>",
+  "<|image_pad|>",
+  "<|video_pad|>",
+  "<tool_call>",
+  "</tool_call>",
+  "<|fim_prefix|>",
+  "<|fim_middle|>",
+  "<|fim_suffix|>",
+  "<|fim_pad|>",
+  "<|repo_name|>",
+  "<|file_sep|>",
 )
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -93,28 +108,26 @@ class Tokenizer:
     """Reads the folder of a tokenizer; see `load_tokenizer`."""
     spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     self.special = {
-        token["content"]: token["id"] for token in spec["added_tokens"]
+      token["content"]: token["id"] for token in spec["added_tokens"]
     }
     missing = [name for name in ADDED_TOKENS if name not in self.special]
     if missing:
       raise ValueError(
-          f"{folder / 'tokenizer.json'} lacks {', '.join(missing)}; expected"
-          " the added tokens of Qwen2.5-VL; change config.tokenizer"
+        f"{folder / 'tokenizer.json'} lacks {', '.join(missing)}; expected"
+        " the added tokens of Qwen2.5-VL; change config.tokenizer"
       )
     self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
     # Without added tokens: no text can become one of them.
     self._plain = tokenizers.Tokenizer.from_str(
-        json.dumps(spec | {"added_tokens": []})
+      json.dumps(spec | {"added_tokens": []})
     )
     self.vocab_size = 1 + max(self._full.get_vocab(True).values())
     self.eos_id = self.special[EOS]
     self.pad_id = self.special[PAD]
-    self.banned_ids = tuple(
-        sorted(set(self.special.values()) - {self.eos_id})
-    )
+    self.banned_ids = tuple(sorted(set(self.special.values()) - {self.eos_id}))
     self.chat_template = _read_chat_template(folder)
     self._names = re.compile(
-        "(" + "|".join(re.escape(name) for name in self.special) + ")"
+      "(" + "|".join(re.escape(name) for name in self.special) + ")"
     )
     self._bytes_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
     self._added = {i: name for name, i in self.special.items()}
@@ -144,8 +157,8 @@ class Tokenizer:
     piece = self._full.id_to_token(token_id)
     if piece is None:
       raise ValueError(
-          f"id {token_id} is outside the tokenizer's {self.vocab_size} ids; ban"
-          " the model's padding ids (Tokenizer.banned_mask)"
+        f"id {token_id} is outside the tokenizer's {self.vocab_size} ids; ban"
+        " the model's padding ids (Tokenizer.banned_mask)"
       )
     return bytes(self._bytes_of[symbol] for symbol in piece)
 
@@ -157,8 +170,8 @@ class Tokenizer:
     """
     if vocab_size < self.vocab_size:
       raise ValueError(
-          f"the model has {vocab_size} token embeddings, the tokenizer has"
-          f" {self.vocab_size} ids; change config.model or config.tokenizer"
+        f"the model has {vocab_size} token embeddings, the tokenizer has"
+        f" {self.vocab_size} ids; change config.model or config.tokenizer"
       )
     banned = np.zeros(vocab_size, dtype=bool)
     banned[list(self.banned_ids)] = True
@@ -179,25 +192,23 @@ class Tokenizer:
     if with_system:
       messages.insert(0, {"role": "system", "content": _SYSTEM_SLOT})
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True
+      trim_blocks=True, lstrip_blocks=True
     )
     rendered = environment.from_string(self.chat_template).render(
-        messages=messages, add_generation_prompt=True, tools=None
+      messages=messages, add_generation_prompt=True, tools=None
     )
     slots = [_SYSTEM_SLOT] * with_system + [_USER_SLOT]
     if any(rendered.count(slot) != 1 for slot in slots):
       raise ValueError(
-          "the chat template shows a message not exactly once; change the"
-          " chat_template of config.tokenizer"
+        "the chat template shows a message not exactly once; change the"
+        " chat_template of config.tokenizer"
       )
-    return tuple(
-        re.split(f"({_SYSTEM_SLOT}|{_USER_SLOT})", rendered)
-    )
+    return tuple(re.split(f"({_SYSTEM_SLOT}|{_USER_SLOT})", rendered))
 
   def split_special(self, text: str) -> list[str | int]:
     """Cuts trusted text at the names of added tokens, which become ids."""
     return [
-        self.special.get(part, part) for part in self._names.split(text) if part
+      self.special.get(part, part) for part in self._names.split(text) if part
     ]
 
 
@@ -213,8 +224,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   folder = TINY_TOKENIZER if str(path) == "tiny" else pathlib.Path(path)
   if not (folder / "tokenizer.json").is_file():
     raise ValueError(
-        f"no tokenizer.json in {str(folder)!r}; config.tokenizer must be 'tiny'"
-        " or a folder that has one"
+      f"no tokenizer.json in {str(folder)!r}; config.tokenizer must be 'tiny'"
+      " or a folder that has one"
     )
   return Tokenizer(folder)
 
@@ -229,9 +240,9 @@ def _read_chat_template(folder: pathlib.Path) -> str:
       if isinstance(found.get("chat_template"), str):
         return found["chat_template"]
   raise ValueError(
-      f"no chat template in {str(folder)!r}: expected chat_template.jinja,"
-      " chat_template.json or tokenizer_config.json with one; change"
-      " config.tokenizer"
+    f"no chat template in {str(folder)!r}: expected chat_template.jinja,"
+    " chat_template.json or tokenizer_config.json with one; change"
+    " config.tokenizer"
   )
 
 
@@ -251,11 +262,11 @@ def option_lines(options: Sequence[str]) -> str:
   """
   if len(options) > len(string.ascii_uppercase):
     raise ValueError(
-        f"got {len(options)} options, expected at most 26; fix the sample"
+      f"got {len(options)} options, expected at most 26; fix the sample"
     )
   return "".join(
-      f"\n{letter}. {option}"
-      for letter, option in zip(string.ascii_uppercase, options, strict=False)
+    f"\n{letter}. {option}"
+    for letter, option in zip(string.ascii_uppercase, options, strict=False)
   )
 
 
@@ -265,8 +276,12 @@ def target_text(reasoning: str, answer: str) -> str:
 
 
 def _media(
-    tokenizer: Tokenizer, time_s: np.ndarray, num_visual: int, *,
-    show_time: bool, time_format: str,
+  tokenizer: Tokenizer,
+  time_s: np.ndarray,
+  num_visual: int,
+  *,
+  show_time: bool,
+  time_format: str,
 ) -> list:
   """Text, ids and (first frame, number of frames) of the media, in order."""
   start = tokenizer.special["<|vision_start|>"]
@@ -282,17 +297,17 @@ def _media(
 
 
 def build_prompt(
-    tokenizer: Tokenizer,
-    question: str,
-    options: Sequence[str],
-    *,
-    frame_time_s: np.ndarray,
-    grid: tuple[int, int],
-    tokens_per_second: float,
-    show_time: bool = True,
-    time_format: str = TIME_FORMAT,
-    question_template: str = QUESTION_TEMPLATE,
-    system: str | None = None,
+  tokenizer: Tokenizer,
+  question: str,
+  options: Sequence[str],
+  *,
+  frame_time_s: np.ndarray,
+  grid: tuple[int, int],
+  tokens_per_second: float,
+  show_time: bool = True,
+  time_format: str = TIME_FORMAT,
+  question_template: str = QUESTION_TEMPLATE,
+  system: str | None = None,
 ) -> PromptRow:
   """The prompt of one view: frames, question, options, generation prompt.
 
@@ -321,22 +336,22 @@ def build_prompt(
   time_s = np.asarray(frame_time_s, dtype=np.float64)
   if time_s.ndim != 1 or not np.all(np.isfinite(time_s)):
     raise ValueError(
-        "frame_time_s must be finite seconds in one dimension, got"
-        f" {time_s.tolist()}; leave out masked frames"
+      "frame_time_s must be finite seconds in one dimension, got"
+      f" {time_s.tolist()}; leave out masked frames"
     )
   if np.any(np.diff(time_s) < 0):
     raise ValueError(
-        f"frame_time_s must ascend, got {time_s.tolist()}; a shuffled view"
-        " keeps the times and moves the pictures"
+      f"frame_time_s must ascend, got {time_s.tolist()}; a shuffled view"
+      " keeps the times and moves the pictures"
     )
   try:
     user = question_template.format(
-        question=question, options=option_lines(options)
+      question=question, options=option_lines(options)
     )
   except (KeyError, IndexError) as error:
     raise ValueError(
-        f"unknown field {error} in {question_template!r}; expected {{question}}"
-        " and {options} in config.prompt.build.question_template"
+      f"unknown field {error} in {question_template!r}; expected {{question}}"
+      " and {options} in config.prompt.build.question_template"
     ) from error
 
   height, width = grid
@@ -347,8 +362,11 @@ def build_prompt(
       parts.append(system)
     elif piece == _USER_SLOT:
       parts += _media(
-          tokenizer, time_s, num_visual, show_time=show_time,
-          time_format=time_format,
+        tokenizer,
+        time_s,
+        num_visual,
+        show_time=show_time,
+        time_format=time_format,
       )
       parts.append(user)
     else:
@@ -358,7 +376,7 @@ def build_prompt(
   elapsed = np.zeros(0, np.int64)
   if len(time_s):
     elapsed = np.floor(
-        tokens_per_second * (time_s - time_s[0] + _TIME_JITTER_S)
+      tokens_per_second * (time_s - time_s[0] + _TIME_JITTER_S)
     ).astype(np.int64)
   row, column = np.divmod(np.arange(num_visual), width)
 
@@ -393,29 +411,31 @@ def build_prompt(
       first_start = begin if first_start is None else first_start
       time = np.maximum(begin, first_start + elapsed[first : first + count])
       add(
-          [pad] * (count * num_visual),
-          np.stack([
-              np.repeat(time, num_visual),
-              np.tile(begin + row, count),
-              np.tile(begin + column, count),
-          ]),
-          first * num_visual + np.arange(count * num_visual),
+        [pad] * (count * num_visual),
+        np.stack(
+          [
+            np.repeat(time, num_visual),
+            np.tile(begin + row, count),
+            np.tile(begin + column, count),
+          ]
+        ),
+        first * num_visual + np.arange(count * num_visual),
       )
   return PromptRow(
-      token=np.asarray(token, np.int32),
-      position=np.concatenate(position, axis=1).astype(np.int32),
-      visual=np.concatenate(visual).astype(np.int32),
+    token=np.asarray(token, np.int32),
+    position=np.concatenate(position, axis=1).astype(np.int32),
+    visual=np.concatenate(visual).astype(np.int32),
   )
 
 
 def count_tokens(
-    tokenizer: Tokenizer,
-    question: str,
-    options: Sequence[str],
-    *,
-    num_frames: int,
-    duration_s: float,
-    **build,
+  tokenizer: Tokenizer,
+  question: str,
+  options: Sequence[str],
+  *,
+  num_frames: int,
+  duration_s: float,
+  **build,
 ) -> int:
   """The most slots a prompt can take, known before a frame is decoded.
 
@@ -428,15 +448,18 @@ def count_tokens(
     **build: the other keyword arguments of `build_prompt`.
   """
   return len(
-      build_prompt(
-          tokenizer, question, options,
-          frame_time_s=np.full(num_frames, duration_s), **build,
-      ).token
+    build_prompt(
+      tokenizer,
+      question,
+      options,
+      frame_time_s=np.full(num_frames, duration_s),
+      **build,
+    ).token
   )
 
 
 def pad_prompts(
-    rows: Sequence[PromptRow], length: int, *, pad_id: int = 0
+  rows: Sequence[PromptRow], length: int, *, pad_id: int = 0
 ) -> dict[str, np.ndarray]:
   """Prompts padded on the right, as the fields of `types.Prompt`.
 
@@ -455,8 +478,8 @@ def pad_prompts(
   longest = max(len(row.token) for row in rows)
   if longest > length:
     raise ValueError(
-        f"a prompt has {longest} tokens, the budget is {length}; raise"
-        " config.prompt.max_tokens, or show fewer or smaller frames"
+      f"a prompt has {longest} tokens, the budget is {length}; raise"
+      " config.prompt.max_tokens, or show fewer or smaller frames"
     )
   token = np.full((len(rows), length), pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)

@@ -43,8 +43,16 @@ class Sample(NamedTuple):
 
 
 _FIELDS = (
-    "video", "question", "options", "answer", "start_s", "end_s", "id", "task",
-    "kind", "reasoning",
+  "video",
+  "question",
+  "options",
+  "answer",
+  "start_s",
+  "end_s",
+  "id",
+  "task",
+  "kind",
+  "reasoning",
 )
 
 
@@ -64,8 +72,8 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
   if not same and len(answer) == 1 and answer in letters:
     return answer
   raise ValueError(
-      f"got {answer!r}, expected one of the letters {letters} or the text of"
-      f" exactly one option of {list(options)}"
+    f"got {answer!r}, expected one of the letters {letters} or the text of"
+    f" exactly one option of {list(options)}"
   )
 
 
@@ -84,9 +92,7 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
   """
   path = pathlib.Path(path).expanduser()
   if not path.is_file():
-    raise ValueError(
-        f"no manifest at {path}; change config.data.source"
-    )
+    raise ValueError(f"no manifest at {path}; change config.data.source")
   samples, first_line = [], {}
   try:
     text = path.read_text("utf-8-sig")
@@ -99,8 +105,8 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
     sample = _read_line(line, where, number, path)
     if sample.id in first_line:
       raise ValueError(
-          f"{where}: field 'id': {sample.id!r} is taken by line"
-          f" {first_line[sample.id]}; ids must be unique"
+        f"{where}: field 'id': {sample.id!r} is taken by line"
+        f" {first_line[sample.id]}; ids must be unique"
       )
     first_line[sample.id] = number
     samples.append(sample)
@@ -110,7 +116,7 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
 
 
 def _read_line(
-    line: str, where: str, number: int, path: pathlib.Path
+  line: str, where: str, number: int, path: pathlib.Path
 ) -> Sample:
   try:
     row = json.loads(line)
@@ -118,13 +124,13 @@ def _read_line(
     raise ValueError(f"{where}: not JSON ({error})") from error
   if not isinstance(row, dict):
     raise ValueError(
-        f"{where}: got a {type(row).__name__}, expected a JSON object with"
-        " video, question, options and answer"
+      f"{where}: got a {type(row).__name__}, expected a JSON object with"
+      " video, question, options and answer"
     )
   unknown = sorted(set(row) - set(_FIELDS))
   if unknown:
     raise ValueError(
-        f"{where}: field {unknown[0]!r}: unknown; expected {', '.join(_FIELDS)}"
+      f"{where}: field {unknown[0]!r}: unknown; expected {', '.join(_FIELDS)}"
     )
 
   def fail(name: str, message: str):
@@ -134,8 +140,10 @@ def _read_line(
   question = _text(row, "question", fail)
   options = row.get("options") or []
   if not isinstance(options, list) or not all(
-      isinstance(option, (str, int, float)) and not isinstance(option, bool)
-      and str(option).strip() for option in options
+    isinstance(option, (str, int, float))
+    and not isinstance(option, bool)
+    and str(option).strip()
+    for option in options
   ):
     fail("options", f"got {options!r}, expected a list of texts")
   options = tuple(str(option).strip() for option in options)
@@ -172,18 +180,18 @@ def _read_line(
   if start_s is not None and end_s < start_s:
     fail("end_s", f"got {end_s}, which lies before start_s {start_s}")
   return Sample(
-      id=_text(row, "id", fail, default=f"line-{number}"),
-      video=str((path.parent / pathlib.Path(video).expanduser()).absolute()),
-      question=question,
-      options=options,
-      answer=answer,
-      kind=kind,
-      task=_text(row, "task", fail, default="all"),
-      start_s=start_s,
-      end_s=end_s,
-      evidence=() if start_s is None else ((start_s, end_s),),
-      reasoning=_text(row, "reasoning", fail, default=""),
-      source=path.name,
+    id=_text(row, "id", fail, default=f"line-{number}"),
+    video=str((path.parent / pathlib.Path(video).expanduser()).absolute()),
+    question=question,
+    options=options,
+    answer=answer,
+    kind=kind,
+    task=_text(row, "task", fail, default="all"),
+    start_s=start_s,
+    end_s=end_s,
+    evidence=() if start_s is None else ((start_s, end_s),),
+    reasoning=_text(row, "reasoning", fail, default=""),
+    source=path.name,
   )
 
 
@@ -203,8 +211,10 @@ def _seconds(row: dict[str, Any], name: str, fail) -> float | None:
   if value is None:
     return None
   if (
-      isinstance(value, bool) or not isinstance(value, (int, float))
-      or not math.isfinite(value) or value < 0
+    isinstance(value, bool)
+    or not isinstance(value, (int, float))
+    or not math.isfinite(value)
+    or value < 0
   ):
     fail(name, f"got {value!r}, expected seconds, at least 0")
   return float(value)

@@ -44,24 +44,25 @@ def specs_of(samples: Sequence[records.Sample]) -> list[synthetic.Spec]:
   found = {}
   for sample in samples:
     root, split = (
-        pathlib.Path(sample.video).parents[2], sample.id.split("-")[0]
+      pathlib.Path(sample.video).parents[2],
+      sample.id.split("-")[0],
     )
     if (root, split) not in found:
       found[root, split] = {
-          spec.id: spec for spec in synthetic.load_specs(root, split)
+        spec.id: spec for spec in synthetic.load_specs(root, split)
       }
   return [
-      found[pathlib.Path(sample.video).parents[2], sample.id.split("-")[0]][
-          sample.id
-      ]
-      for sample in samples
+    found[pathlib.Path(sample.video).parents[2], sample.id.split("-")[0]][
+      sample.id
+    ]
+    for sample in samples
   ]
 
 
 def shortcut_probes(
-    specs: Sequence[synthetic.Spec],
-    frames: np.ndarray,
-    rng: np.random.Generator,
+  specs: Sequence[synthetic.Spec],
+  frames: np.ndarray,
+  rng: np.random.Generator,
 ) -> dict[str, Probe]:
   """Tries every shortcut we can think of.
 
@@ -78,25 +79,23 @@ def shortcut_probes(
     ValueError: too few videos for a probe.
   """
   few = {
-      task: count
-      for task, count in collections.Counter(s.task for s in specs).items()
-      if count < 16
+    task: count
+    for task, count in collections.Counter(s.task for s in specs).items()
+    if count < 16
   }
   if few:
     raise ValueError(
-        f"got {few} videos, expected at least 16 of a task; raise"
-        " report.probe_videos or data.synthetic.num_test"
+      f"got {few} videos, expected at least 16 of a task; raise"
+      " report.probe_videos or data.synthetic.num_test"
     )
   order = rng.permutation(len(specs))
   specs = [specs[n] for n in order]
   feature = np.stack([frame_features(frames[n]) for n in order])
   train = np.arange(len(specs)) < len(specs) // 2
   found = {
-      "which of two frames came first": _frame_order(feature, train, rng),
-      "which of two events came first": _event_order(
-          specs, feature, train, rng
-      ),
-      "a frame's half of the video": _position(feature, train, rng),
+    "which of two frames came first": _frame_order(feature, train, rng),
+    "which of two events came first": _event_order(specs, feature, train, rng),
+    "a frame's half of the video": _position(feature, train, rng),
   }
   for task in dict.fromkeys(spec.task for spec in specs):
     rows = [n for n, spec in enumerate(specs) if spec.task == task]
@@ -109,26 +108,29 @@ def shortcut_probes(
   # Many probes: at 95 % each, one of them would often stray by luck.
   z = statistics.NormalDist().inv_cdf(1 - 0.05 / (2 * len(found)))
   return {
-      name: probe._replace(half_interval=z * probe.half_interval)
-      for name, probe in found.items()
+    name: probe._replace(half_interval=z * probe.half_interval)
+    for name, probe in found.items()
   }
 
 
 def frame_features(frames: np.ndarray) -> np.ndarray:
   """float32[t, F] of uint8[t, h, w, 3]: local colours, light, grain, blocks."""
   count = len(frames)
-  cells = np.stack([
+  cells = np.stack(
+    [
       cv2.resize(frame, (8, 8), interpolation=cv2.INTER_AREA)
       for frame in frames
-  ]).reshape(count, -1)
-  light = np.stack([
-      cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames
-  ]).astype(np.float32)
+    ]
+  ).reshape(count, -1)
+  light = np.stack(
+    [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+  ).astype(np.float32)
   mean_std = np.stack([np.ravel(cv2.meanStdDev(frame)) for frame in frames])
   rows = abs(np.diff(light, axis=1))
   columns = abs(np.diff(light, axis=2))
   ranked = np.sort(light[:, ::4, ::4].reshape(count, -1), axis=1)
-  summary = np.stack([
+  summary = np.stack(
+    [
       *mean_std.T,
       *ranked[:, [0, ranked.shape[1] // 8, ranked.shape[1] // 2, -1]].T,
       rows.mean(axis=(1, 2)),
@@ -137,14 +139,16 @@ def frame_features(frames: np.ndarray) -> np.ndarray:
       (columns**2).mean(axis=(1, 2)),
       rows[:, 7::8].mean(axis=(1, 2)),  # at the borders of the codec's blocks
       columns[:, :, 7::8].mean(axis=(1, 2)),
-  ], axis=1)
+    ],
+    axis=1,
+  )
   return np.concatenate(
-      [cells, summary, np.log1p(summary), summary**2], axis=1
+    [cells, summary, np.log1p(summary), summary**2], axis=1
   ).astype(np.float32)
 
 
 def _ridge(
-    feature: np.ndarray, target: np.ndarray, train: np.ndarray
+  feature: np.ndarray, target: np.ndarray, train: np.ndarray
 ) -> np.ndarray:
   """Ridge regression, float64[rows, outputs], fitted on the `train` rows."""
   mean, std = feature[train].mean(axis=0), feature[train].std(axis=0)
@@ -153,7 +157,7 @@ def _ridge(
   known = x[train]
   penalty = _RIDGE * len(known) * np.eye(x.shape[1])
   weight = np.linalg.solve(
-      known.T @ known + penalty, known.T @ (target[train] - bias)
+    known.T @ known + penalty, known.T @ (target[train] - bias)
   )
   return x @ weight + bias
 
@@ -171,9 +175,7 @@ def _score(right: np.ndarray, video: np.ndarray, chance: float) -> Probe:
 def _frame_order(feature, train, rng) -> Probe:
   count, length = feature.shape[:2]
   video = np.repeat(np.arange(count), _PAIRS)
-  pair = np.stack([
-      rng.permutation(length)[:2] for _ in range(len(video))
-  ])
+  pair = np.stack([rng.permutation(length)[:2] for _ in range(len(video))])
   x = feature[video, pair[:, 0]] - feature[video, pair[:, 1]]
   first = np.where(pair[:, 0] < pair[:, 1], 1.0, -1.0)
   known = train[video]
@@ -245,25 +247,33 @@ def _content(specs, train) -> Probe:
     key = spec.question, option
     return (right[key] + 1) / (seen[key] + options)
 
-  guess = np.array([
+  guess = np.array(
+    [
       np.argmax([rate(specs[n], option) for option in specs[n].options])
       for n in rows
-  ])
+    ]
+  )
   return _score(guess == answer[rows], rows, 1 / options)
 
 
 def _times(specs, train) -> Probe:
   """From the times and lengths of events, cuts and flickers."""
   answer, options = _answers(specs)
-  x = np.array([
+  x = np.array(
+    [
       [
-          *itertools.chain.from_iterable((e.start, e.stop) for e in s.events),
-          *(e.stop - e.start for e in s.events),
-          len(s.cuts), s.cuts[0], s.cuts[-1],
-          len(s.flickers), *(s.flickers[:1] or (0,)),
+        *itertools.chain.from_iterable((e.start, e.stop) for e in s.events),
+        *(e.stop - e.start for e in s.events),
+        len(s.cuts),
+        s.cuts[0],
+        s.cuts[-1],
+        len(s.flickers),
+        *(s.flickers[:1] or (0,)),
       ]
       for s in specs
-  ], np.float32)
+    ],
+    np.float32,
+  )
   guess = _ridge(x, np.eye(options)[answer], train).argmax(axis=1)
   rows = np.flatnonzero(~train)
   return _score(guess[rows] == answer[rows], rows, 1 / options)
@@ -276,15 +286,13 @@ def _one_frame(specs, feature, train) -> Probe:
   middle = feature[:, feature.shape[1] // 2]
   cells = middle[:, :192].reshape(len(middle), 64, 3)
   # The most saturated cell: the colour of an event, if there is one.
-  vivid = cells[
-      np.arange(len(cells)), np.ptp(cells, axis=2).argmax(axis=1)
-  ]
-  letters = np.array([
-      [names.index(option) for option in spec.options] for spec in specs
-  ])
+  vivid = cells[np.arange(len(cells)), np.ptp(cells, axis=2).argmax(axis=1)]
+  letters = np.array(
+    [[names.index(option) for option in spec.options] for spec in specs]
+  )
   x = np.einsum("nf,nlo->nlfo", vivid, np.eye(len(names))[letters])
   guess = _ridge(
-      x.reshape(len(specs), -1), np.eye(options)[answer], train
+    x.reshape(len(specs), -1), np.eye(options)[answer], train
   ).argmax(axis=1)
   rows = np.flatnonzero(~train)
   return _score(guess[rows] == answer[rows], rows, 1 / options)

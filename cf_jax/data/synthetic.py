@@ -1,18 +1,19 @@
 """The built-in procedural video question-answering set, as real mp4 files.
 
 A video is a drifting texture of muted colours with camera cuts, one-frame
-flickers, oscillating light and camera jitter. Three times a big, saturated
-shape pops up for about half a second. Three tasks ask about these events:
+flickers, oscillating light and camera jitter. Three times something happens for
+about half a second: a big, saturated shape pops up, or the picture cuts away to
+another texture and back. Three tasks ask about the shapes:
 
-- needle: which of four colours appears (one does);
-- order: which of two colours, both of which appear, appears first;
-- count: how often one colour appears (1, 2 or 3 times).
+- needle: one shape, two cutaways; which colour is the shape?
+- order: two shapes, one cutaway; which colour appears first?
+- count: one, two or three shapes, the rest cutaways; how many shapes appear?
 
 What is built to hold: every law of motion, light and timing is stationary and
 the same backwards in time, so no picture tells when it was shown; colours are
 drawn apart from times, so times tell no answer; letters and answers are
 balanced per task and split, so the question alone tells no answer; and the
-largest change of pixels is a cut or a flicker.
+largest change of pixels is a cut, a cutaway or a flicker.
 
 Axes: `T` frames; pixels are [..., height, width, 3], RGB.
 """
@@ -40,20 +41,21 @@ import rich.progress
 from cf_jax.data import records
 
 # Part of the cache key: raise it whenever a specification or a pixel changes.
-VERSION = 1
+VERSION = 2
 
 # The corners of the RGB cube first: they survive the codec's chroma loss best.
 PALETTE = {
-    "red": (225, 35, 35),
-    "green": (30, 190, 45),
-    "blue": (40, 55, 235),
-    "yellow": (235, 225, 35),
-    "cyan": (35, 220, 230),
-    "magenta": (230, 40, 225),
-    "orange": (240, 135, 20),
-    "purple": (120, 30, 160),
+  "red": (225, 35, 35),
+  "green": (30, 190, 45),
+  "blue": (40, 55, 235),
+  "yellow": (235, 225, 35),
+  "cyan": (35, 220, 230),
+  "magenta": (230, 40, 225),
+  "orange": (240, 135, 20),
+  "purple": (120, 30, 160),
 }
 SHAPES = ("disc", "square", "diamond", "ring")
+CUTAWAY = "cutaway"
 TASKS = ("needle", "order", "count")
 SPLITS = ("train", "dev", "test")
 LETTERS = "ABCD"
@@ -66,13 +68,13 @@ _CUT_GAP = 16  # frames from a cut to a cut or to an end of the video
 
 
 class Event(NamedTuple):
-  """A shape that pops up.
+  """A shape that pops up, or a cutaway.
 
   Attributes:
     start: its first frame.
     stop: one past its last frame.
-    colour: a name of `PALETTE`.
-    shape: a name of `SHAPES`.
+    colour: a name of `PALETTE`; "" of a cutaway.
+    shape: a name of `SHAPES`, or `CUTAWAY`.
     centre_px: (row, column) of its centre.
     radius_px: half its width.
   """
@@ -120,15 +122,15 @@ class Spec(NamedTuple):
 
   @property
   def reasoning(self) -> str:
-    """The events' colours in time order: 'red blue green'."""
-    return " ".join(event.colour for event in self.events)
+    """The shapes' colours in time order: 'red blue'."""
+    return " ".join(self.events[n].colour for n in self.relevant)
 
   @property
   def evidence(self) -> tuple[tuple[float, float], ...]:
     """(start, end) seconds of the relevant events, in time order."""
     return tuple(
-        (self.events[n].start / self.fps, self.events[n].stop / self.fps)
-        for n in self.relevant
+      (self.events[n].start / self.fps, self.events[n].stop / self.fps)
+      for n in self.relevant
     )
 
 
@@ -136,7 +138,7 @@ class Spec(NamedTuple):
 
 
 def balanced(
-    count: int, sizes: Sequence[int], rng: np.random.Generator
+  count: int, sizes: Sequence[int], rng: np.random.Generator
 ) -> np.ndarray:
   """Rows of a full factorial design, as balanced as `count` allows.
 
@@ -153,15 +155,18 @@ def balanced(
   """
   cells = np.array(list(itertools.product(*map(range, sizes))))
   copies, rest = divmod(count, len(cells))
-  remainder = np.stack([
+  remainder = np.stack(
+    [
       rng.permutation(rng.permutation(size)[np.arange(rest) % size])
       for size in sizes
-  ], axis=1)
+    ],
+    axis=1,
+  )
   return rng.permutation(np.concatenate([cells] * copies + [remainder]))
 
 
 def draw_times(
-    rng: np.random.Generator, *, num_frames: int, num_events: int, num_cuts: int
+  rng: np.random.Generator, *, num_frames: int, num_events: int, num_cuts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Uniform times of events and cuts that keep their distances.
 
@@ -180,11 +185,9 @@ def draw_times(
     length = rng.choice(_EVENT_FRAMES, (tries, num_events))
     # The last start depends on the length, so that both ends are alike.
     start = _MARGIN + np.floor(
-        rng.random(length.shape) * (num_frames - 2 * _MARGIN - length + 1)
+      rng.random(length.shape) * (num_frames - 2 * _MARGIN - length + 1)
     ).astype(int)
-    cut = rng.integers(
-        _CUT_GAP, num_frames - _CUT_GAP + 1, (tries, num_cuts)
-    )
+    cut = rng.integers(_CUT_GAP, num_frames - _CUT_GAP + 1, (tries, num_cuts))
     order = np.argsort(start, axis=1)
     start = np.take_along_axis(start, order, axis=1)
     stop = start + np.take_along_axis(length, order, axis=1)
@@ -198,15 +201,15 @@ def draw_times(
       n = int(np.argmax(good))
       return start[n], stop[n], cut[n]
   raise ValueError(
-      f"{num_events} events and {num_cuts} cuts do not fit into {num_frames}"
-      " frames; raise data.synthetic.num_frames or lower num_events"
+    f"{num_events} events and {num_cuts} cuts do not fit into {num_frames}"
+    " frames; raise data.synthetic.num_frames or lower num_events"
   )
 
 
 def _draw_flickers(rng, num_frames, start, stop, cut):
   """Frames at least `_FLICKER_GAP` from every event, cut, end, and flicker."""
   free = np.ones(num_frames, dtype=bool)
-  free[: _FLICKER_GAP] = free[num_frames - _FLICKER_GAP :] = False
+  free[:_FLICKER_GAP] = free[num_frames - _FLICKER_GAP :] = False
   for first, last in zip(start, stop):
     free[first - _FLICKER_GAP : last + _FLICKER_GAP] = False
   for first in cut:
@@ -221,64 +224,75 @@ def _draw_flickers(rng, num_frames, start, stop, cut):
   return tuple(sorted(chosen))
 
 
+def _choices(right, others, letter, rng):
+  """Options with the right one under its letter, the others in random order."""
+  options = list(rng.permutation(others))
+  options.insert(letter, right)
+  return options
+
+
 def _needle(row, names, num_events, rng):
   """Colours of the events, relevant events, question, options, answer."""
   letter, colour, target = (int(level) for level in row)
-  others = [name for name in names if name != names[colour]]
-  others = list(rng.permutation(others))
-  colours = others[: num_events - 1]
-  colours.insert(target, names[colour])
-  absent = others[num_events - 1 :][: len(LETTERS) - 1]
-  options = list(absent)
-  options.insert(letter, names[colour])
-  question = "Which colour of shape appears in the video?"
-  return colours, (target,), question, options, LETTERS[letter]
+  colours = [""] * num_events
+  colours[target] = names[colour]
+  others = list(rng.permutation([n for n in names if n != names[colour]]))
+  options = _choices(names[colour], others[:3], letter, rng)
+  return (
+    colours,
+    (target,),
+    "Which colour is the shape?",
+    options,
+    LETTERS[letter],
+  )
 
 
 def _order(row, names, num_events, rng):
   letter, colour, offset, pair = (int(level) for level in row)
   first = names[colour]
   second = names[(colour + 1 + offset) % len(names)]
-  pairs = list(itertools.combinations(range(num_events), 2))
-  others = [name for name in names if name not in (first, second)]
-  colours = list(rng.permutation(others))[:num_events]
-  relevant = pairs[pair]
+  relevant = list(itertools.combinations(range(num_events), 2))[pair]
+  colours = [""] * num_events
   colours[relevant[0]], colours[relevant[1]] = first, second
-  options = [second]
-  options.insert(letter, first)
+  rest = list(rng.permutation([n for n in names if n not in (first, second)]))
+  options = _choices(first, [second, *rest[:2]], letter, rng)
   return (
-      colours, relevant, "Which colour appears first?", options,
-      LETTERS[letter],
+    colours,
+    relevant,
+    "Which colour appears first?",
+    options,
+    LETTERS[letter],
   )
 
 
 def _count(row, names, num_events, rng):
-  letter, times, colour = (int(level) for level in row)
-  name = names[colour]
-  others = list(rng.permutation([n for n in names if n != name]))
+  letter, times = (int(level) for level in row)
   relevant = np.sort(rng.permutation(num_events)[: times + 1])
-  colours = others[:num_events]
+  colours = [""] * num_events
   for n in relevant:
-    colours[n] = name
-  options = [str(n + 1) for n in rng.permutation(num_events) if n != times]
-  options.insert(letter, str(times + 1))
+    colours[n] = str(rng.choice(names))
+  others = [str(n + 1) for n in range(num_events) if n != times]
+  options = _choices(str(times + 1), others, letter, rng)
   return (
-      colours, tuple(relevant.tolist()),
-      f"How many times does a {name} shape appear?", options, LETTERS[letter],
+    colours,
+    tuple(relevant.tolist()),
+    "How many shapes appear?",
+    options,
+    LETTERS[letter],
   )
 
 
 def make_specs(
-    split: str,
-    count: int,
-    *,
-    seed: int,
-    num_frames: int = 96,
-    fps: float = 8.0,
-    size_px: int = 64,
-    tasks: Sequence[str] = TASKS,
-    num_events: int = 3,
-    num_colours: int = 6,
+  split: str,
+  count: int,
+  *,
+  seed: int,
+  num_frames: int = 96,
+  fps: float = 8.0,
+  size_px: int = 64,
+  tasks: Sequence[str] = TASKS,
+  num_events: int = 3,
+  num_colours: int = 4,
 ) -> list[Spec]:
   """Draws the videos and questions of one split.
 
@@ -290,8 +304,8 @@ def make_specs(
     fps: frames a second.
     size_px: height and width of the pictures.
     tasks: names of `TASKS`, in turn.
-    num_events: events a video, 2 to 4.
-    num_colours: how many colours of `PALETTE` are used.
+    num_events: shapes and cutaways of a video, 2 to 4.
+    num_colours: how many colours of `PALETTE` are used, at least 4.
 
   Returns:
     `count` Specs, tasks mixed.
@@ -303,87 +317,102 @@ def make_specs(
   names = list(PALETTE)[:num_colours]
   rng = np.random.default_rng([seed, SPLITS.index(split), VERSION])
   makers = {
-      "needle": (_needle, (len(LETTERS), num_colours, num_events)),
-      "order": (
-          _order,
-          (2, num_colours, num_colours - 1, math.comb(num_events, 2)),
-      ),
-      "count": (_count, (num_events, num_events, num_colours)),
+    "needle": (_needle, (len(LETTERS), num_colours, num_events)),
+    "order": (
+      _order,
+      (2, num_colours, num_colours - 1, math.comb(num_events, 2)),
+    ),
+    "count": (_count, (num_events, num_events)),
   }
   task_of = rng.permutation(np.arange(count) % len(tasks))
   rows = {
-      n: iter(balanced(int(np.sum(task_of == n)), makers[task][1], rng))
-      for n, task in enumerate(tasks)
+    n: iter(balanced(int(np.sum(task_of == n)), makers[task][1], rng))
+    for n, task in enumerate(tasks)
   }
   specs = []
   for index in range(count):
     task = tasks[task_of[index]]
     colours, relevant, question, options, answer = makers[task][0](
-        next(rows[task_of[index]]), names, num_events, rng
+      next(rows[task_of[index]]), names, num_events, rng
     )
     start, stop, cut = draw_times(
-        rng, num_frames=num_frames, num_events=num_events,
-        num_cuts=int(rng.integers(1, 3)),
+      rng,
+      num_frames=num_frames,
+      num_events=num_events,
+      num_cuts=int(rng.integers(1, 3)),
     )
     events = []
     for n in range(num_events):
       radius = int(rng.integers(round(0.22 * size_px), round(0.3 * size_px)))
       centre = rng.integers(radius + 1, size_px - radius - 1, 2)
-      events.append(Event(
-          int(start[n]), int(stop[n]), str(colours[n]),
-          str(rng.choice(SHAPES)), tuple(centre.tolist()), radius,
-      ))
-    specs.append(Spec(
-        id=f"{split}-{index:06d}", task=task, question=question,
-        options=tuple(map(str, options)), answer=answer,
+      events.append(
+        Event(
+          int(start[n]),
+          int(stop[n]),
+          str(colours[n]),
+          str(rng.choice(SHAPES)) if colours[n] else CUTAWAY,
+          tuple(centre.tolist()),
+          radius,
+        )
+      )
+    specs.append(
+      Spec(
+        id=f"{split}-{index:06d}",
+        task=task,
+        question=question,
+        options=tuple(map(str, options)),
+        answer=answer,
         seed=(seed, SPLITS.index(split), VERSION, index),
-        num_frames=num_frames, fps=float(fps), size_px=size_px,
-        events=tuple(events), relevant=tuple(relevant),
+        num_frames=num_frames,
+        fps=float(fps),
+        size_px=size_px,
+        events=tuple(events),
+        relevant=tuple(relevant),
         cuts=tuple(cut.tolist()),
         flickers=_draw_flickers(rng, num_frames, start, stop, cut),
-    ))
+      )
+    )
   return specs
 
 
 def _check(
-    split, count, num_frames, fps, size_px, tasks, num_events, num_colours
+  split, count, num_frames, fps, size_px, tasks, num_events, num_colours
 ):
   if split not in SPLITS:
     raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
   if count < 1:
     raise ValueError(
-        f"num_{split} must be at least 1, got {count}; change"
-        f" data.synthetic.num_{split}"
+      f"num_{split} must be at least 1, got {count}; change"
+      f" data.synthetic.num_{split}"
     )
   if not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
     raise ValueError(
-        f"tasks must be different names of {TASKS}, got {tuple(tasks)}; change"
-        " data.synthetic.tasks"
+      f"tasks must be different names of {TASKS}, got {tuple(tasks)}; change"
+      " data.synthetic.tasks"
     )
   if not 2 <= num_events <= 4:
     raise ValueError(
-        f"num_events must be 2 to 4, got {num_events}; change"
-        " data.synthetic.num_events"
+      f"num_events must be 2 to 4, got {num_events}; change"
+      " data.synthetic.num_events"
     )
-  if not num_events + len(LETTERS) - 1 <= num_colours <= len(PALETTE):
+  if not len(LETTERS) <= num_colours <= len(PALETTE):
     raise ValueError(
-        f"num_colours must be {num_events + len(LETTERS) - 1} to"
-        f" {len(PALETTE)} for {num_events} events, got {num_colours}; change"
-        " data.synthetic.num_colours"
+      f"num_colours must be {len(LETTERS)} to {len(PALETTE)}, got"
+      f" {num_colours}; change data.synthetic.num_colours"
     )
   if size_px < 32 or size_px % 2:
     raise ValueError(
-        f"size_px must be even and at least 32, got {size_px}; change"
-        " data.synthetic.size_px"
+      f"size_px must be even and at least 32, got {size_px}; change"
+      " data.synthetic.size_px"
     )
   if not fps > 0:
     raise ValueError(
-        f"fps must be positive, got {fps}; change data.synthetic.fps"
+      f"fps must be positive, got {fps}; change data.synthetic.fps"
     )
   if num_frames < 2 * _CUT_GAP + 1:
     raise ValueError(
-        f"num_frames must be at least {2 * _CUT_GAP + 1}, got {num_frames};"
-        " change data.synthetic.num_frames"
+      f"num_frames must be at least {2 * _CUT_GAP + 1}, got {num_frames};"
+      " change data.synthetic.num_frames"
     )
 
 
@@ -406,6 +435,10 @@ def render(spec: Spec) -> np.ndarray:
   for first, last in itertools.pairwise((0, *spec.cuts, spec.num_frames)):
     _draw_shot(canvas[first:last], frames[first:last], jitter[first:last], rng)
   for event in spec.events:
+    if event.shape == CUTAWAY:
+      shown = slice(event.start, event.stop)
+      _draw_shot(canvas[shown], frames[shown], jitter[shown], rng)
+      continue
     colour = np.array(PALETTE[event.colour], np.int16)
     for frame in range(event.start, event.stop):
       shape = _shape_mask(event, size, jitter[frame])
@@ -415,15 +448,13 @@ def render(spec: Spec) -> np.ndarray:
   video = np.empty(canvas.shape, np.uint8)
   flat = (spec.num_frames, size, 3 * size)  # a scalar is one channel's
   for picture, drawn, factor in zip(
-      video.reshape(flat), canvas.reshape(flat), light.tolist()
+    video.reshape(flat), canvas.reshape(flat), light.tolist()
   ):
     cv2.multiply(drawn, factor, dst=picture, dtype=cv2.CV_8U)
   return video
 
 
-def _oscillation(
-    rng: np.random.Generator, frames: np.ndarray
-) -> np.ndarray:
+def _oscillation(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
   """float[T] in [-1, 1], stationary and the same backwards in time."""
   period = rng.uniform(16, 64, 2)
   phase = rng.uniform(0, 2 * np.pi, 2)
@@ -431,8 +462,10 @@ def _oscillation(
 
 
 def _draw_shot(
-    out: np.ndarray, frames: np.ndarray, jitter: np.ndarray,
-    rng: np.random.Generator,
+  out: np.ndarray,
+  frames: np.ndarray,
+  jitter: np.ndarray,
+  rng: np.random.Generator,
 ) -> None:
   """Fills int16[t, H, W, 3] with two blob textures that move to and fro."""
   size = out.shape[1]
@@ -442,15 +475,15 @@ def _draw_shot(
   for width in (size / 6, size / 12):
     layers.append(_blobs(size + 2 * reach + 2, width, rng))
     move = np.stack(
-        [_oscillation(rng, frames), _oscillation(rng, frames)], axis=1
+      [_oscillation(rng, frames), _oscillation(rng, frames)], axis=1
     )
     corners.append(np.rint(reach * move).astype(int) + reach + 1 + jitter)
   layers[0] += tint
   for picture, (row, column), (row2, column2) in zip(out, *corners):
     np.add(
-        layers[0][row : row + size, column : column + size],
-        layers[1][row2 : row2 + size, column2 : column2 + size],
-        out=picture,
+      layers[0][row : row + size, column : column + size],
+      layers[1][row2 : row2 + size, column2 : column2 + size],
+      out=picture,
     )
 
 
@@ -462,9 +495,7 @@ def _blobs(size: int, width: float, rng: np.random.Generator) -> np.ndarray:
   return (smooth * (22 / smooth.std())).astype(np.int16)
 
 
-def _shape_mask(
-    event: Event, size: int, jitter: np.ndarray
-) -> np.ndarray:
+def _shape_mask(event: Event, size: int, jitter: np.ndarray) -> np.ndarray:
   """bool[size, size] of an event's shape."""
   row, column = np.ogrid[:size, :size]
   row = row - event.centre_px[0] - jitter[0]
@@ -486,31 +517,31 @@ def _shape_mask(
 def corpus_texts() -> list[str]:
   """Every text of the set's prompts and targets, for a tokenizer's words."""
   texts = [
-      "Which colour of shape appears in the video?",
-      "Which colour appears first?",
-      " ".join(PALETTE),
-      "\n".join(f"{letter}. {n + 1}" for n, letter in enumerate(LETTERS)),
+    "Which colour is the shape?",
+    "Which colour appears first?",
+    "How many shapes appear?",
+    " ".join(PALETTE),
+    "\n".join(f"{letter}. {n + 1}" for n, letter in enumerate(LETTERS)),
   ]
   for colour in PALETTE:
-    texts.append(f"How many times does a {colour} shape appear?")
     texts += [f"{letter}. {colour}" for letter in LETTERS]
   return texts
 
 
 def ensure(
-    cache_dir: str | pathlib.Path,
-    *,
-    seed: int,
-    num_train: int,
-    num_dev: int,
-    num_test: int,
-    num_frames: int = 96,
-    fps: float = 8.0,
-    size_px: int = 64,
-    tasks: Sequence[str] = TASKS,
-    num_events: int = 3,
-    num_colours: int = 6,
-    num_workers: int = 2,
+  cache_dir: str | pathlib.Path,
+  *,
+  seed: int,
+  num_train: int,
+  num_dev: int,
+  num_test: int,
+  num_frames: int = 96,
+  fps: float = 8.0,
+  size_px: int = 64,
+  tasks: Sequence[str] = TASKS,
+  num_events: int = 3,
+  num_colours: int = 4,
+  num_workers: int = 2,
 ) -> pathlib.Path:
   """Writes the set unless it is there, and says where it is.
 
@@ -540,19 +571,24 @@ def ensure(
   """
   counts = {"train": num_train, "dev": num_dev, "test": num_test}
   settings = dict(
-      seed=seed, num_frames=num_frames, fps=fps, size_px=size_px,
-      tasks=list(tasks), num_events=num_events, num_colours=num_colours,
+    seed=seed,
+    num_frames=num_frames,
+    fps=fps,
+    size_px=size_px,
+    tasks=list(tasks),
+    num_events=num_events,
+    num_colours=num_colours,
   )
   named = {"version": VERSION, "counts": counts, **settings}
   key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
   root = (
-      pathlib.Path(cache_dir).expanduser().absolute() / "synthetic" / key[:16]
+    pathlib.Path(cache_dir).expanduser().absolute() / "synthetic" / key[:16]
   )
   if (root / "DONE").is_file():
     return root
   specs = {
-      split: make_specs(split, count, **settings)
-      for split, count in counts.items()
+    split: make_specs(split, count, **settings)
+    for split, count in counts.items()
   }
   for split in SPLITS:
     (root / "videos" / split).mkdir(parents=True, exist_ok=True)
@@ -573,13 +609,17 @@ def load_specs(path: str | pathlib.Path, split: str) -> list[Spec]:
   for row in builder.as_data_source(split=split):
     fields = json.loads(row["spec"])
     fields["events"] = tuple(
-        Event(**event | {"centre_px": tuple(event["centre_px"])})
-        for event in fields["events"]
+      Event(**event | {"centre_px": tuple(event["centre_px"])})
+      for event in fields["events"]
     )
-    specs.append(Spec(**{
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in fields.items()
-    }))
+    specs.append(
+      Spec(
+        **{
+          name: tuple(value) if isinstance(value, list) else value
+          for name, value in fields.items()
+        }
+      )
+    )
   return sorted(specs, key=lambda spec: spec.id)
 
 
@@ -592,20 +632,20 @@ def load(path: str | pathlib.Path, split: str) -> list[records.Sample]:
   """
   root = pathlib.Path(path)
   return [
-      records.Sample(
-          id=spec.id,
-          video=str(_video_path(root, spec.id)),
-          question=spec.question,
-          options=spec.options,
-          answer=spec.answer,
-          task=spec.task,
-          start_s=spec.evidence[0][0],
-          end_s=spec.evidence[-1][1],
-          evidence=spec.evidence,
-          reasoning=spec.reasoning,
-          source="synthetic",
-      )
-      for spec in load_specs(root, split)
+    records.Sample(
+      id=spec.id,
+      video=str(_video_path(root, spec.id)),
+      question=spec.question,
+      options=spec.options,
+      answer=spec.answer,
+      task=spec.task,
+      start_s=spec.evidence[0][0],
+      end_s=spec.evidence[-1][1],
+      evidence=spec.evidence,
+      reasoning=spec.reasoning,
+      source="synthetic",
+    )
+    for spec in load_specs(root, split)
   ]
 
 
@@ -617,12 +657,14 @@ def write_video(spec: Spec, path: pathlib.Path) -> None:
   """
   partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
   writer = cv2.VideoWriter(
-      str(partial), cv2.VideoWriter_fourcc(*"mp4v"), spec.fps,
-      (spec.size_px, spec.size_px),
+    str(partial),
+    cv2.VideoWriter_fourcc(*"mp4v"),
+    spec.fps,
+    (spec.size_px, spec.size_px),
   )
   if not writer.isOpened():
     raise ValueError(
-        f"cannot write {partial}; change data.cache_dir to a folder with room"
+      f"cannot write {partial}; change data.cache_dir to a folder with room"
     )
   for picture in np.ascontiguousarray(render(spec)[..., ::-1]):
     writer.write(picture)
@@ -642,20 +684,20 @@ def _write_share(root: pathlib.Path, specs: Sequence[Spec]) -> int:
 
 
 def _write_videos(
-    root: pathlib.Path, specs: Sequence[Spec], num_workers: int
+  root: pathlib.Path, specs: Sequence[Spec], num_workers: int
 ) -> None:
   """Writes what is missing, in processes where it is worth starting them."""
   missing = [s for s in specs if not _video_path(root, s.id).is_file()]
   shares = [missing[n : n + 32] for n in range(0, len(missing), 32)]
   with rich.progress.Progress(
-      rich.progress.TextColumn("{task.description}"),
-      rich.progress.BarColumn(),
-      rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeRemainingColumn(),
-      console=rich.console.Console(stderr=True),
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+    console=rich.console.Console(stderr=True),
   ) as progress:
     bar = progress.add_task(
-        "write videos", total=len(specs), completed=len(specs) - len(missing)
+      "write videos", total=len(specs), completed=len(specs) - len(missing)
     )
     if len(missing) <= 256 or num_workers < 2:
       for share in shares:
@@ -663,7 +705,7 @@ def _write_videos(
       return
     # Not forked: the caller may run threads of jax.
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers, mp_context=multiprocessing.get_context("spawn")
+      num_workers, mp_context=multiprocessing.get_context("spawn")
     ) as pool:
       jobs = [pool.submit(_write_share, root, share) for share in shares]
       for job in concurrent.futures.as_completed(jobs):
@@ -682,12 +724,14 @@ def _builder(root: pathlib.Path, specs: dict[str, list[Spec]] | None):
 
     def _info(self):
       return tfds.core.DatasetInfo(
-          builder=self,
-          description="Procedural videos with one question each.",
-          features=tfds.features.FeaturesDict({
-              "id": tfds.features.Text(),
-              "spec": tfds.features.Text(),
-          }),
+        builder=self,
+        description="Procedural videos with one question each.",
+        features=tfds.features.FeaturesDict(
+          {
+            "id": tfds.features.Text(),
+            "spec": tfds.features.Text(),
+          }
+        ),
       )
 
     def _split_generators(self, dl_manager):
@@ -697,7 +741,7 @@ def _builder(root: pathlib.Path, specs: dict[str, list[Spec]] | None):
     def _generate_examples(self, split):
       for spec in specs[split]:
         fields = spec._asdict() | {
-            "events": [event._asdict() for event in spec.events]
+          "events": [event._asdict() for event in spec.events]
         }
         yield spec.id, {"id": spec.id, "spec": json.dumps(fields)}
 
@@ -708,7 +752,7 @@ def _write_index(root: pathlib.Path, specs: dict[str, list[Spec]]) -> None:
   shutil.rmtree(root / "index", ignore_errors=True)
   # TFDS prints "Downloading ..." and draws bars of its own.
   with (
-      contextlib.redirect_stdout(io.StringIO()),
-      contextlib.redirect_stderr(io.StringIO()),
+    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stderr(io.StringIO()),
   ):
     _builder(root, specs).download_and_prepare()

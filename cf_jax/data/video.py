@@ -83,17 +83,20 @@ def probe(path: str | pathlib.Path) -> VideoInfo:
       raise VideoError(f"{path}: no frame can be decoded")
     height, width = picture.shape[:2]
     return VideoInfo(
-        num_frames=max(num_frames, 1), fps=fps, width=width, height=height,
-        duration_s=max(num_frames, 1) / fps,
+      num_frames=max(num_frames, 1),
+      fps=fps,
+      width=width,
+      height=height,
+      duration_s=max(num_frames, 1) / fps,
     )
 
 
 def read_frames(
-    path: str | pathlib.Path,
-    index: np.ndarray | None = None,
-    size_px: tuple[int, int] | None = None,
-    *,
-    num_threads: int = 1,
+  path: str | pathlib.Path,
+  index: np.ndarray | None = None,
+  size_px: tuple[int, int] | None = None,
+  *,
+  num_threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Decodes frames by their numbers.
 
@@ -116,15 +119,14 @@ def read_frames(
   index = np.asarray(index)
   if index.ndim != 1 or (index.size and index.min() < 0):
     raise VideoError(
-        f"{path}: frame numbers must be one row, at least 0, got"
-        f" {index.tolist()}"
+      f"{path}: frame numbers must be one row, at least 0, got {index.tolist()}"
     )
   wanted, back = np.unique(index, return_inverse=True)
   frames, time_s, _ = _decode(path, wanted, size_px, num_threads)
   if len(frames) < len(wanted):
     raise VideoError(
-        f"{path}: frame {wanted[len(frames)]} cannot be decoded; the file is"
-        " shorter or cut short"
+      f"{path}: frame {wanted[len(frames)]} cannot be decoded; the file is"
+      " shorter or cut short"
     )
   if not frames:
     raise VideoError(f"{path}: no frame was asked for")
@@ -132,11 +134,11 @@ def read_frames(
 
 
 def scan_frames(
-    path: str | pathlib.Path,
-    num_frames: int,
-    size_px: tuple[int, int],
-    *,
-    num_threads: int = 1,
+  path: str | pathlib.Path,
+  num_frames: int,
+  size_px: tuple[int, int],
+  *,
+  num_threads: int = 1,
 ) -> Scan:
   """Decodes T frames spread evenly over a video.
 
@@ -159,7 +161,7 @@ def scan_frames(
   while True:
     wanted = spread(max(count, 1), num_frames)
     frames, time_s, found = _decode(
-        path, wanted, size_px, num_threads, to_the_end=True, may_seek=may_seek
+      path, wanted, size_px, num_threads, to_the_end=True, may_seek=may_seek
     )
     if found is None and len(frames) == len(wanted):
       break  # read by seeking, up to the last part
@@ -170,17 +172,17 @@ def scan_frames(
     count = count if found is None else found
   if time_s[-1] + duration_s / len(wanted) < _MIN_DECODABLE * duration_s:
     raise VideoError(
-        f"{path}: cut short; it should last {duration_s:.1f} s, and"
-        f" {time_s[-1]:.1f} s can be decoded"
+      f"{path}: cut short; it should last {duration_s:.1f} s, and"
+      f" {time_s[-1]:.1f} s can be decoded"
     )
   real = len(frames)
   pad = num_frames - real
   return Scan(
-      frames=np.pad(np.stack(frames), [(0, pad)] + [(0, 0)] * 3),
-      mask=np.arange(num_frames) < real,
-      time_s=np.pad(np.asarray(time_s), (0, pad)),
-      frame_index=np.pad(wanted, (0, pad)).astype(np.int32),
-      num_frames=count,
+    frames=np.pad(np.stack(frames), [(0, pad)] + [(0, 0)] * 3),
+    mask=np.arange(num_frames) < real,
+    time_s=np.pad(np.asarray(time_s), (0, pad)),
+    frame_index=np.pad(wanted, (0, pad)).astype(np.int32),
+    num_frames=count,
   )
 
 
@@ -192,12 +194,12 @@ def spread(count: int, num: int) -> np.ndarray:
 
 
 def smart_resize(
-    height: int,
-    width: int,
-    *,
-    factor: int = 28,
-    min_pixels: int = 4 * 28 * 28,
-    max_pixels: int = 16384 * 28 * 28,
+  height: int,
+  width: int,
+  *,
+  factor: int = 28,
+  min_pixels: int = 4 * 28 * 28,
+  max_pixels: int = 16384 * 28 * 28,
 ) -> tuple[int, int]:
   """The size at which Qwen2-VL (arXiv 2409.12191) sees a picture.
 
@@ -219,8 +221,8 @@ def smart_resize(
   """
   if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
     raise ValueError(
-        f"got a picture of {height} x {width} px, expected positive sides with"
-        " a ratio of at most 200"
+      f"got a picture of {height} x {width} px, expected positive sides with"
+      " a ratio of at most 200"
     )
   rows = max(factor, round(height / factor) * factor)
   columns = max(factor, round(width / factor) * factor)
@@ -237,7 +239,7 @@ def smart_resize(
 
 @contextlib.contextmanager
 def _capture(
-    path: str | pathlib.Path, num_threads: int
+  path: str | pathlib.Path, num_threads: int
 ) -> Iterator[cv2.VideoCapture]:
   """An open file; OpenCV's own errors become VideoErrors."""
   file = pathlib.Path(path)
@@ -247,12 +249,12 @@ def _capture(
   if not file.stat().st_size:
     raise VideoError(f"{path}: the file is empty; expected a video")
   capture = cv2.VideoCapture(
-      str(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, num_threads]
+    str(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, num_threads]
   )
   try:
     if not capture.isOpened():
       raise VideoError(
-          f"{path}: not a video that OpenCV can open, or cut short"
+        f"{path}: not a video that OpenCV can open, or cut short"
       )
     yield capture
   except cv2.error as error:
@@ -270,13 +272,13 @@ def _header(capture: cv2.VideoCapture) -> tuple[float, int]:
 
 
 def _decode(
-    path: str | pathlib.Path,
-    wanted: np.ndarray | None,
-    size_px: tuple[int, int] | None,
-    num_threads: int,
-    *,
-    to_the_end: bool = False,
-    may_seek: bool = True,
+  path: str | pathlib.Path,
+  wanted: np.ndarray | None,
+  size_px: tuple[int, int] | None,
+  num_threads: int,
+  *,
+  to_the_end: bool = False,
+  may_seek: bool = True,
 ) -> tuple[list[np.ndarray], list[float], int | None]:
   """The wanted frames (ascending numbers), their times, and how many exist.
 
@@ -339,15 +341,14 @@ def _walk(capture, wanted, size_px, to_the_end, may_seek):
   return frames, time_s, None
 
 
-def _resize(
-    picture: np.ndarray, size_px: tuple[int, int] | None
-) -> np.ndarray:
+def _resize(picture: np.ndarray, size_px: tuple[int, int] | None) -> np.ndarray:
   """uint8[h, w, 3] BGR -> RGB of the wanted size."""
   if size_px is not None and picture.shape[:2] != tuple(size_px):
     height, width = size_px
     shrinks = height <= picture.shape[0] and width <= picture.shape[1]
     picture = cv2.resize(
-        picture, (width, height),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC,
+      picture,
+      (width, height),
+      interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC,
     )
   return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)

@@ -31,17 +31,21 @@ def wilson(right: int, count: int, *, z: float = 1.959964) -> Accuracy:
   share = right / count
   scale = 1 + z * z / count
   centre = (share + z * z / (2 * count)) / scale
-  half = z / scale * math.sqrt(
-      share * (1 - share) / count + z * z / (4 * count * count)
+  half = (
+    z
+    / scale
+    * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
   )
+  # At 0 and 1 rounding would put the share itself just outside.
   return Accuracy(
-      share, count, max(centre - half, 0.0), min(centre + half, 1.0)
+    share,
+    count,
+    min(max(centre - half, 0.0), share),
+    max(min(centre + half, 1.0), share),
   )
 
 
-def by_task(
-    correct: np.ndarray, tasks: Sequence[str]
-) -> dict[str, Accuracy]:
+def by_task(correct: np.ndarray, tasks: Sequence[str]) -> dict[str, Accuracy]:
   """Accuracy of each task, and of `all` together.
 
   Args:

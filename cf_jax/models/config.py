@@ -21,9 +21,9 @@ def _require(condition: bool, message: str) -> None:
 
 def _divides(name: str, size: int, by_name: str, by: int) -> None:
   _require(
-      by > 0 and size % by == 0,
-      f"{name} must be a multiple of {by_name}, got {size} and {by}; change"
-      f" config.model.{name} or config.model.{by_name}",
+    by > 0 and size % by == 0,
+    f"{name} must be a multiple of {by_name}, got {size} and {by}; change"
+    f" config.model.{name} or config.model.{by_name}",
   )
 
 
@@ -70,26 +70,27 @@ class VisionConfig:
   def __post_init__(self):
     # JSON and ConfigDict give lists; a list would not hash.
     object.__setattr__(
-        self, "fullatt_block_indexes", tuple(self.fullatt_block_indexes)
+      self, "fullatt_block_indexes", tuple(self.fullatt_block_indexes)
     )
-    _divides("vision.hidden_size", self.hidden_size, "vision.num_heads",
-             self.num_heads)
+    _divides(
+      "vision.hidden_size", self.hidden_size, "vision.num_heads", self.num_heads
+    )
     # Two axes, and each rotates pairs.
     _require(
-        self.head_dim % 4 == 0,
-        "a vision head's width must be a multiple of 4, got"
-        f" {self.head_dim}; change config.model.vision.num_heads",
+      self.head_dim % 4 == 0,
+      "a vision head's width must be a multiple of 4, got"
+      f" {self.head_dim}; change config.model.vision.num_heads",
     )
     _require(
-        self.window_units > 0,
-        f"window_size {self.window_size} px is smaller than one visual token"
-        f" ({self.patch_size * self.spatial_merge_size} px); change"
-        " config.model.vision.window_size",
+      self.window_units > 0,
+      f"window_size {self.window_size} px is smaller than one visual token"
+      f" ({self.patch_size * self.spatial_merge_size} px); change"
+      " config.model.vision.window_size",
     )
     _require(
-        all(0 <= i < self.depth for i in self.fullatt_block_indexes),
-        f"fullatt_block_indexes {self.fullatt_block_indexes} must lie in [0,"
-        f" {self.depth}); change config.model.vision.fullatt_block_indexes",
+      all(0 <= i < self.depth for i in self.fullatt_block_indexes),
+      f"fullatt_block_indexes {self.fullatt_block_indexes} must lie in [0,"
+      f" {self.depth}); change config.model.vision.fullatt_block_indexes",
     )
 
   @property
@@ -174,37 +175,47 @@ class VLMConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
-    _divides("hidden_size", self.hidden_size, "num_attention_heads",
-             self.num_attention_heads)
-    _divides("num_attention_heads", self.num_attention_heads,
-             "num_key_value_heads", self.num_key_value_heads)
-    _require(
-        len(self.mrope_section) == 3
-        and 2 * sum(self.mrope_section) == self.head_dim,
-        "mrope_section must be three counts that add up to half the head"
-        f" width {self.head_dim}, got {self.mrope_section}; change"
-        " config.model.mrope_section",
+    _divides(
+      "hidden_size",
+      self.hidden_size,
+      "num_attention_heads",
+      self.num_attention_heads,
+    )
+    _divides(
+      "num_attention_heads",
+      self.num_attention_heads,
+      "num_key_value_heads",
+      self.num_key_value_heads,
     )
     _require(
-        self.vision.out_hidden_size == self.hidden_size,
-        "vision.out_hidden_size must equal hidden_size, got"
-        f" {self.vision.out_hidden_size} and {self.hidden_size}; change"
-        " config.model.vision.out_hidden_size",
+      len(self.mrope_section) == 3
+      and 2 * sum(self.mrope_section) == self.head_dim,
+      "mrope_section must be three counts that add up to half the head"
+      f" width {self.head_dim}, got {self.mrope_section}; change"
+      " config.model.mrope_section",
     )
     _require(
-        self.scan_unroll > 0,
-        f"scan_unroll must be positive, got {self.scan_unroll}; change"
-        " config.model.scan_unroll",
+      self.vision.out_hidden_size == self.hidden_size,
+      "vision.out_hidden_size must equal hidden_size, got"
+      f" {self.vision.out_hidden_size} and {self.hidden_size}; change"
+      " config.model.vision.out_hidden_size",
+    )
+    _require(
+      self.scan_unroll > 0,
+      f"scan_unroll must be positive, got {self.scan_unroll}; change"
+      " config.model.scan_unroll",
     )
     for name, allowed in (
-        ("attention", ATTENTION), ("remat", REMAT), ("dtype", DTYPES),
-        ("param_dtype", DTYPES),
+      ("attention", ATTENTION),
+      ("remat", REMAT),
+      ("dtype", DTYPES),
+      ("param_dtype", DTYPES),
     ):
       value = getattr(self, name)
       _require(
-          value in allowed,
-          f"{name} must be one of {allowed}, got {value!r}; change"
-          f" config.model.{name}",
+        value in allowed,
+        f"{name} must be one of {allowed}, got {value!r}; change"
+        f" config.model.{name}",
       )
 
   @property
@@ -216,27 +227,48 @@ class VLMConfig:
 def tiny(vocab_size: int = 1024) -> VLMConfig:
   """About a million parameters: the same architecture, for a laptop."""
   return VLMConfig(
-      vision=VisionConfig(
-          depth=2, hidden_size=64, intermediate_size=192, num_heads=4,
-          out_hidden_size=128, window_size=28, fullatt_block_indexes=(1,),
-          initializer_range=0.05,
-      ),
-      vocab_size=vocab_size, hidden_size=128, intermediate_size=384,
-      num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-      max_position_embeddings=4096, mrope_section=(4, 6, 6),
-      tie_word_embeddings=True, initializer_range=0.05,
-      bos_token_id=None, eos_token_id=None, pad_token_id=None,
-      image_token_id=None, video_token_id=None, vision_start_token_id=None,
-      vision_end_token_id=None, vision_token_id=None,
+    vision=VisionConfig(
+      depth=2,
+      hidden_size=64,
+      intermediate_size=192,
+      num_heads=4,
+      out_hidden_size=128,
+      window_size=28,
+      fullatt_block_indexes=(1,),
+      initializer_range=0.05,
+    ),
+    vocab_size=vocab_size,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    mrope_section=(4, 6, 6),
+    tie_word_embeddings=True,
+    initializer_range=0.05,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+    image_token_id=None,
+    video_token_id=None,
+    vision_start_token_id=None,
+    vision_end_token_id=None,
+    vision_token_id=None,
   )
 
 
 def qwen2_5_vl_3b() -> VLMConfig:
   """Qwen2.5-VL-3B."""
   return VLMConfig(
-      vision=VisionConfig(out_hidden_size=2048), vocab_size=151_936,
-      hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
-      num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True,
+    vision=VisionConfig(out_hidden_size=2048),
+    vocab_size=151_936,
+    hidden_size=2048,
+    intermediate_size=11_008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
   )
 
 
@@ -248,32 +280,39 @@ def qwen2_5_vl_7b() -> VLMConfig:
 def qwen2_5_vl_32b() -> VLMConfig:
   """Qwen2.5-VL-32B."""
   return VLMConfig(
-      vision=VisionConfig(intermediate_size=3456, out_hidden_size=5120),
-      hidden_size=5120, intermediate_size=27_648, num_hidden_layers=64,
-      num_attention_heads=40, num_key_value_heads=8,
+    vision=VisionConfig(intermediate_size=3456, out_hidden_size=5120),
+    hidden_size=5120,
+    intermediate_size=27_648,
+    num_hidden_layers=64,
+    num_attention_heads=40,
+    num_key_value_heads=8,
   )
 
 
 def qwen2_5_vl_72b() -> VLMConfig:
   """Qwen2.5-VL-72B."""
   return VLMConfig(
-      vision=VisionConfig(intermediate_size=3456, out_hidden_size=8192),
-      hidden_size=8192, intermediate_size=29_568, num_hidden_layers=80,
-      num_attention_heads=64, num_key_value_heads=8,
+    vision=VisionConfig(intermediate_size=3456, out_hidden_size=8192),
+    hidden_size=8192,
+    intermediate_size=29_568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
   )
 
 
 SIZES = {
-    "tiny": tiny,
-    "qwen2_5_vl_3b": qwen2_5_vl_3b,
-    "qwen2_5_vl_7b": qwen2_5_vl_7b,
-    "qwen2_5_vl_32b": qwen2_5_vl_32b,
-    "qwen2_5_vl_72b": qwen2_5_vl_72b,
+  "tiny": tiny,
+  "qwen2_5_vl_3b": qwen2_5_vl_3b,
+  "qwen2_5_vl_7b": qwen2_5_vl_7b,
+  "qwen2_5_vl_32b": qwen2_5_vl_32b,
+  "qwen2_5_vl_72b": qwen2_5_vl_72b,
 }
 
 
-def make(*, size: str, vision: dict[str, Any] | None = None,
-         **fields: Any) -> VLMConfig:
+def make(
+  *, size: str, vision: dict[str, Any] | None = None, **fields: Any
+) -> VLMConfig:
   """A preset with some fields changed.
 
   Args:
@@ -286,9 +325,9 @@ def make(*, size: str, vision: dict[str, Any] | None = None,
     TypeError: an unknown field.
   """
   _require(
-      size in SIZES,
-      f"size must be one of {tuple(SIZES)}, got {size!r}; change"
-      " config.model.size",
+    size in SIZES,
+    f"size must be one of {tuple(SIZES)}, got {size!r}; change"
+    " config.model.size",
   )
   preset = SIZES[size]()
   tower = dataclasses.replace(preset.vision, **dict(vision or {}))

@@ -36,8 +36,9 @@ class DecoderLayer(nn.Module):
     """[B, S, D], [B, S, H / 2] twice -> [B, S, D]."""
     config = self.config
     settings = dict(
-        std=config.initializer_range, dtype=config.dtype,
-        param_dtype=config.param_dtype,
+      std=config.initializer_range,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
     )
 
     def norm(name):
@@ -45,22 +46,23 @@ class DecoderLayer(nn.Module):
 
     def project(num_heads, name):
       return layers.linear(
-          (num_heads, config.head_dim), use_bias=True, name=name, **settings
+        (num_heads, config.head_dim), use_bias=True, name=name, **settings
       )
 
     y = norm("attention_norm")(x)
     query = project(config.num_attention_heads, "query")(y)
     key = project(config.num_key_value_heads, "key")(y)
     value = project(config.num_key_value_heads, "value")(y)
-    mixed = mix(
-        rope.rotate(query, cos, sin), rope.rotate(key, cos, sin), value
-    )
+    mixed = mix(rope.rotate(query, cos, sin), rope.rotate(key, cos, sin), value)
     x = x + layers.linear(
-        config.hidden_size, axis=(-2, -1), use_bias=False, name="out",
-        **settings,
+      config.hidden_size,
+      axis=(-2, -1),
+      use_bias=False,
+      name="out",
+      **settings,
     )(mixed)
     mlp = layers.SwiGLU(
-        width=config.intermediate_size, use_bias=False, name="mlp", **settings
+      width=config.intermediate_size, use_bias=False, name="mlp", **settings
     )
     return x + mlp(norm("mlp_norm")(x))
 
@@ -73,7 +75,7 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
 
   def mix(query, key, value):
     return layers.attend(
-        query, key, value, None, implementation=config.attention
+      query, key, value, None, implementation=config.attention
     )
 
   def table(key):
@@ -82,12 +84,17 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
     return {"embedding": draw(key, shape, config.param_dtype)}
 
   params = {
-      "embed": table(embed_rng),
-      "layers": layers.init_stack(
-          DecoderLayer(config), layer_rng, config.num_hidden_layers, x, angle,
-          angle, mix,
-      ),
-      "norm": _final_norm(config).init(rng, x)["params"],
+    "embed": table(embed_rng),
+    "layers": layers.init_stack(
+      DecoderLayer(config),
+      layer_rng,
+      config.num_hidden_layers,
+      x,
+      angle,
+      angle,
+      mix,
+    ),
+    "norm": _final_norm(config).init(rng, x)["params"],
   }
   if not config.tie_word_embeddings:
     params["head"] = table(head_rng)
@@ -100,7 +107,7 @@ def _final_norm(config):
 
 def _angles(config, position):
   return rope.mrope(
-      position, section=config.mrope_section, theta=config.rope_theta
+    position, section=config.mrope_section, theta=config.rope_theta
   )
 
 
@@ -112,13 +119,13 @@ def causal_mask(mask: jax.Array) -> jax.Array:
 
 
 def run(
-    config: VLMConfig,
-    params: dict,
-    x: jax.Array,
-    position: jax.Array,
-    mask: jax.Array,
-    *,
-    with_cache: bool,
+  config: VLMConfig,
+  params: dict,
+  x: jax.Array,
+  position: jax.Array,
+  mask: jax.Array,
+  *,
+  with_cache: bool,
 ) -> tuple[jax.Array, PrefixCache | None]:
   """Whole sequences, without a cache to start from.
 
@@ -142,28 +149,31 @@ def run(
       if with_cache:
         cache.update(key=key, value=value)
       return layers.attend(
-          query, key, value, mask, implementation=config.attention
+        query, key, value, mask, implementation=config.attention
       )
 
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
     return x, cache or None
 
   x, cache = layers.scan_stack(
-      body, x.astype(config.dtype), params["layers"], remat=config.remat,
-      unroll=config.scan_unroll,
+    body,
+    x.astype(config.dtype),
+    params["layers"],
+    remat=config.remat,
+    unroll=config.scan_unroll,
   )
   return _final_norm(config).apply({"params": params["norm"]}, x), cache
 
 
 def run_packed(
-    config: VLMConfig,
-    params: dict,
-    prompt: jax.Array,
-    position: jax.Array,
-    mask: jax.Array,
-    completion: jax.Array,
-    completion_position: jax.Array,
-    completion_mask: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  prompt: jax.Array,
+  position: jax.Array,
+  mask: jax.Array,
+  completion: jax.Array,
+  completion_position: jax.Array,
+  completion_mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """A prompt once, and G completions that continue it.
 
@@ -188,7 +198,7 @@ def run_packed(
   shape = completion.shape[1:3]
   x = jnp.concatenate([prompt, completion.reshape(rows, -1, width)], axis=1)
   position = jnp.concatenate(
-      [position, completion_position.reshape(rows, 3, -1)], axis=2
+    [position, completion_position.reshape(rows, 3, -1)], axis=2
   )
   cos, sin = _angles(config, position)
   prompt_mask = causal_mask(mask)
@@ -204,12 +214,21 @@ def run_packed(
     (prompt_key, own_key) = split(key)
     (prompt_value, own_value) = split(value)
     prompt_mixed = layers.attend(
-        prompt_query, prompt_key, prompt_value, prompt_mask,
-        implementation=config.attention,
+      prompt_query,
+      prompt_key,
+      prompt_value,
+      prompt_mask,
+      implementation=config.attention,
     )
     own_mixed = layers.attend_shared(
-        own_query, prompt_key, prompt_value, mask, own_key, own_value,
-        own_mask, implementation=config.attention,
+      own_query,
+      prompt_key,
+      prompt_value,
+      mask,
+      own_key,
+      own_value,
+      own_mask,
+      implementation=config.attention,
     )
     own_mixed = own_mixed.reshape(rows, -1, *query.shape[2:])
     return jnp.concatenate([prompt_mixed, own_mixed], axis=1)
@@ -219,39 +238,44 @@ def run_packed(
     return x, None
 
   x, _ = layers.scan_stack(
-      body, x.astype(config.dtype), params["layers"], remat=config.remat,
-      unroll=config.scan_unroll,
+    body,
+    x.astype(config.dtype),
+    params["layers"],
+    remat=config.remat,
+    unroll=config.scan_unroll,
   )
   x = _final_norm(config).apply({"params": params["norm"]}, x)
   return x[:, :slots], x[:, slots:].reshape(completion.shape)
 
 
 def init_completion_cache(
-    config: VLMConfig, num_videos: int, num_completions: int, max_tokens: int
+  config: VLMConfig, num_videos: int, num_completions: int, max_tokens: int
 ) -> CompletionCache:
   """Empty slots for G completions of C tokens each."""
   shape = (
-      num_videos, num_completions, max_tokens, config.num_key_value_heads,
-      config.head_dim,
+    num_videos,
+    num_completions,
+    max_tokens,
+    config.num_key_value_heads,
+    config.head_dim,
   )
   return {
-      name: tuple(
-          jnp.zeros(shape, config.dtype)
-          for _ in range(config.num_hidden_layers)
-      )
-      for name in ("key", "value")
+    name: tuple(
+      jnp.zeros(shape, config.dtype) for _ in range(config.num_hidden_layers)
+    )
+    for name in ("key", "value")
   }
 
 
 def decode(
-    config: VLMConfig,
-    params: dict,
-    x: jax.Array,
-    position: jax.Array,
-    prefix_cache: PrefixCache,
-    prefix_mask: jax.Array,
-    completion_cache: CompletionCache,
-    step: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  x: jax.Array,
+  position: jax.Array,
+  prefix_cache: PrefixCache,
+  prefix_mask: jax.Array,
+  completion_cache: CompletionCache,
+  step: jax.Array,
 ) -> tuple[jax.Array, CompletionCache]:
   """One token of each of G completions that share a prompt's cache.
 
@@ -279,16 +303,23 @@ def decode(
   for layer in range(config.num_hidden_layers):
 
     def write(name, new, layer=layer):
-      updated[name].append(jax.lax.dynamic_update_slice_in_dim(
+      updated[name].append(
+        jax.lax.dynamic_update_slice_in_dim(
           completion_cache[name][layer], new[:, :, None], step, axis=2
-      ))
+        )
+      )
       return updated[name][-1]
 
     def mix(query, key, value, layer=layer, write=write):
       mixed = layers.attend_shared(
-          query[:, :, None], prefix_cache["key"][layer],
-          prefix_cache["value"][layer], prefix_mask, write("key", key),
-          write("value", value), own_mask, implementation=config.attention,
+        query[:, :, None],
+        prefix_cache["key"][layer],
+        prefix_cache["value"][layer],
+        prefix_mask,
+        write("key", key),
+        write("value", value),
+        own_mask,
+        implementation=config.attention,
       )
       return mixed[:, :, 0]
 
@@ -298,9 +329,7 @@ def decode(
   return hidden, {name: tuple(rows) for name, rows in updated.items()}
 
 
-def logits(
-    config: VLMConfig, params: dict, hidden: jax.Array
-) -> jax.Array:
+def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Scores of the next token, float[..., D] -> float32[..., V].
 
   float32 because differences of log-probabilities of rare tokens are what the
@@ -308,7 +337,8 @@ def logits(
   """
   table = params["embed" if config.tie_word_embeddings else "head"]
   return jnp.einsum(
-      "...D,VD->...V", hidden.astype(config.dtype),
-      table["embedding"].astype(config.dtype),
-      preferred_element_type=jnp.float32,
+    "...D,VD->...V",
+    hidden.astype(config.dtype),
+    table["embedding"].astype(config.dtype),
+    preferred_element_type=jnp.float32,
   )

@@ -29,11 +29,11 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     scale = self.param(
-        "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
+      "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
     )
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(
-        jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps
+      jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps
     )
     return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
 
@@ -51,8 +51,12 @@ class SwiGLU(nn.Module):
   def __call__(self, x):
     def dense(features, name):
       return linear(
-          features, use_bias=self.use_bias, std=self.std, dtype=self.dtype,
-          param_dtype=self.param_dtype, name=name,
+        features,
+        use_bias=self.use_bias,
+        std=self.std,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        name=name,
       )
 
     gate = dense(self.width, "gate")(x)
@@ -61,37 +65,41 @@ class SwiGLU(nn.Module):
 
 
 def linear(
-    features: int | tuple[int, ...],
-    *,
-    use_bias: bool,
-    std: float,
-    dtype: str,
-    param_dtype: str,
-    name: str | None = None,
-    axis: int | tuple[int, ...] = -1,
+  features: int | tuple[int, ...],
+  *,
+  use_bias: bool,
+  std: float,
+  dtype: str,
+  param_dtype: str,
+  name: str | None = None,
+  axis: int | tuple[int, ...] = -1,
 ) -> nn.Module:
   """Every matmul with a kernel of the model; kernels are [in..., out...]."""
   return nn.DenseGeneral(
-      features, axis=axis, use_bias=use_bias, dtype=dtype,
-      param_dtype=param_dtype, kernel_init=nn.initializers.normal(std),
-      name=name,
+    features,
+    axis=axis,
+    use_bias=use_bias,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    kernel_init=nn.initializers.normal(std),
+    name=name,
   )
 
 
 def init_stack(layer: nn.Module, rng: jax.Array, depth: int, *args: Any) -> Any:
   """Parameters of `depth` equal layers, stacked on a leading axis `L`."""
   return jax.vmap(lambda key: layer.init(key, *args)["params"])(
-      jax.random.split(rng, depth)
+    jax.random.split(rng, depth)
   )
 
 
 def scan_stack(
-    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    stacked: Any,
-    *,
-    remat: str,
-    unroll: int,
+  body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+  x: jax.Array,
+  stacked: Any,
+  *,
+  remat: str,
+  unroll: int,
 ) -> tuple[jax.Array, Any]:
   """Runs `x, out = body(x, layer)` over stacked layers.
 
@@ -110,8 +118,9 @@ def scan_stack(
     body = jax.checkpoint(body, prevent_cse=False)
   elif remat == "dots":
     body = jax.checkpoint(
-        body, prevent_cse=False,
-        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      body,
+      prevent_cse=False,
+      policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     )
   return jax.lax.scan(body, x, stacked, unroll=unroll)
 
@@ -124,13 +133,11 @@ def _attend_xla(query, key, value, mask):
   """
   rows, num_queries, num_heads, width = query.shape
   num_kv = key.shape[2]
-  query = query.reshape(
-      rows, num_queries, num_kv, num_heads // num_kv, width
-  )
+  query = query.reshape(rows, num_queries, num_kv, num_heads // num_kv, width)
   # Scores and softmax in float32: a bfloat16 score of 20 is off by 0.06, and
   # its exponential by 6 %.
   score = jnp.einsum(
-      "BQMRH,BSMH->BMRQS", query, key, preferred_element_type=jnp.float32
+    "BQMRH,BSMH->BMRQS", query, key, preferred_element_type=jnp.float32
   ) * (width**-0.5)
   if mask is not None:
     mask = mask[:, None, None]  # [B, 1, 1, Q, S]
@@ -141,8 +148,10 @@ def _attend_xla(query, key, value, mask):
     weight = jnp.where(mask, weight, 0)  # a row without keys has top = _LOWEST
   total = jnp.sum(weight, axis=-1, keepdims=True)
   mixed = jnp.einsum(
-      "BMRQS,BSMH->BQMRH", weight.astype(value.dtype), value,
-      preferred_element_type=jnp.float32,
+    "BMRQS,BSMH->BQMRH",
+    weight.astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
   )
   return mixed, total.transpose(0, 3, 1, 2, 4), top.transpose(0, 3, 1, 2, 4)
 
@@ -151,18 +160,18 @@ def _partial(query, key, value, mask, implementation):
   if implementation == "xla":
     return _attend_xla(query, key, value, mask)
   raise ValueError(
-      f"attention must be 'xla', got {implementation!r}; change"
-      " config.model.attention"
+    f"attention must be 'xla', got {implementation!r}; change"
+    " config.model.attention"
   )
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    *,
-    implementation: str,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array | None,
+  *,
+  implementation: str,
 ) -> jax.Array:
   """Grouped-query attention, `softmax(q k / sqrt(H)) v`.
 
@@ -183,15 +192,15 @@ def attend(
 
 
 def attend_shared(
-    query: jax.Array,
-    prefix_key: jax.Array,
-    prefix_value: jax.Array,
-    prefix_mask: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    *,
-    implementation: str,
+  query: jax.Array,
+  prefix_key: jax.Array,
+  prefix_value: jax.Array,
+  prefix_mask: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array,
+  *,
+  implementation: str,
 ) -> jax.Array:
   """Attention of G completions to their common prompt and to themselves.
 
@@ -220,13 +229,18 @@ def attend_shared(
     return x.reshape(rows, group, num_queries, *x.shape[2:])
 
   prefix = _partial(
-      query.reshape(rows, -1, num_heads, width), prefix_key, prefix_value,
-      prefix_mask[:, None], implementation,
+    query.reshape(rows, -1, num_heads, width),
+    prefix_key,
+    prefix_value,
+    prefix_mask[:, None],
+    implementation,
   )
   own = _partial(
-      merge(query), merge(key), merge(value),
-      merge(jnp.broadcast_to(mask, (rows, group, *mask.shape[2:]))),
-      implementation,
+    merge(query),
+    merge(key),
+    merge(value),
+    merge(jnp.broadcast_to(mask, (rows, group, *mask.shape[2:]))),
+    implementation,
   )
   mixed_a, total_a, top_a = map(align, prefix)
   mixed_b, total_b, top_b = map(align, own)

@@ -27,18 +27,19 @@ def patch_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
   """
   height, width = grid
   row, column = np.meshgrid(
-      np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32),
-      indexing="ij",
+    np.arange(height, dtype=np.int32),
+    np.arange(width, dtype=np.int32),
+    indexing="ij",
   )
   position = np.stack([row, column], axis=-1)
   position = position.reshape(
-      height // merge, merge, width // merge, merge, 2
+    height // merge, merge, width // merge, merge, 2
   ).transpose(0, 2, 1, 3, 4)
   return position.reshape(-1, 2)
 
 
 def vision_angles(
-    grid: tuple[int, int], *, merge: int, head_dim: int, theta: float
+  grid: tuple[int, int], *, merge: int, head_dim: int, theta: float
 ) -> np.ndarray:
   """Rotary angles of the patches of one slice.
 
@@ -60,7 +61,7 @@ def vision_angles(
 
 
 def mrope(
-    position: jax.Array, *, section: tuple[int, int, int], theta: float
+  position: jax.Array, *, section: tuple[int, int, int], theta: float
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of multimodal RoPE (Qwen2-VL, arXiv 2409.12191, 2.1).
 
@@ -96,6 +97,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[..., None, :], sin[..., None, :]
   rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x.dtype)

@@ -52,15 +52,15 @@ def windows(grid: tuple[int, int], *, merge: int, units: int) -> Windows:
   """
   if grid[0] % merge or grid[1] % merge or min(grid) < merge:
     raise ValueError(
-        f"a grid must be (height, width) in patches, multiples of {merge}, got"
-        f" {grid}; change the frame size"
+      f"a grid must be (height, width) in patches, multiples of {merge}, got"
+      f" {grid}; change the frame size"
     )
   height, width = grid[0] // merge, grid[1] // merge
   unit = np.arange(height * width, dtype=np.int32).reshape(height, width)
   members = [
-      unit[top : top + units, left : left + units].reshape(-1)
-      for top in range(0, height, units)
-      for left in range(0, width, units)
+    unit[top : top + units, left : left + units].reshape(-1)
+    for top in range(0, height, units)
+    for left in range(0, width, units)
   ]
   token = np.concatenate(members)
   area = merge * merge
@@ -70,11 +70,11 @@ def windows(grid: tuple[int, int], *, merge: int, units: int) -> Windows:
   mask = offset < count[:, None]
   slot = np.where(mask, (np.cumsum(count) - count)[:, None] + offset, 0)
   return Windows(
-      order=order,
-      inverse=np.argsort(token).astype(np.int32),
-      slot=slot.astype(np.int32),
-      mask=mask,
-      place=np.flatnonzero(mask).astype(np.int32),
+    order=order,
+    inverse=np.argsort(token).astype(np.int32),
+    slot=slot.astype(np.int32),
+    mask=mask,
+    place=np.flatnonzero(mask).astype(np.int32),
   )
 
 
@@ -88,18 +88,20 @@ class VisionLayer(nn.Module):
     """[N, 4P, D], [4P, H / 2] twice, bool[] -> [N, 4P, D]."""
     tower = self.config.vision
     settings = dict(
-        use_bias=True, std=tower.initializer_range, dtype=self.config.dtype,
-        param_dtype=self.config.param_dtype,
+      use_bias=True,
+      std=tower.initializer_range,
+      dtype=self.config.dtype,
+      param_dtype=self.config.param_dtype,
     )
 
     def norm(name):
       return layers.RMSNorm(
-          tower.rms_norm_eps, self.config.param_dtype, name=name
+        tower.rms_norm_eps, self.config.param_dtype, name=name
       )
 
     def project(name):
       return layers.linear(
-          (tower.num_heads, tower.head_dim), name=name, **settings
+        (tower.num_heads, tower.head_dim), name=name, **settings
       )
 
     y = norm("attention_norm")(x)
@@ -107,18 +109,22 @@ class VisionLayer(nn.Module):
     key = rope.rotate(project("key")(y), cos, sin)
     value = project("value")(y)
     mixed = jax.lax.cond(
-        full, self._attend_slice, lambda *qkv: self._attend_window(cut, *qkv),
-        query, key, value,
+      full,
+      self._attend_slice,
+      lambda *qkv: self._attend_window(cut, *qkv),
+      query,
+      key,
+      value,
     )
     x = x + layers.linear(
-        tower.hidden_size, axis=(-2, -1), name="out", **settings
+      tower.hidden_size, axis=(-2, -1), name="out", **settings
     )(mixed)
     mlp = layers.SwiGLU(width=tower.intermediate_size, name="mlp", **settings)
     return x + mlp(norm("mlp_norm")(x))
 
   def _attend_slice(self, query, key, value):
     return layers.attend(
-        query, key, value, None, implementation=self.config.attention
+      query, key, value, None, implementation=self.config.attention
     )
 
   def _attend_window(self, cut, query, key, value):
@@ -135,12 +141,13 @@ class VisionLayer(nn.Module):
     if not whole:
       mask = jnp.tile(cut.mask, (num_slices, 1))[:, None]
     mixed = layers.attend(
-        split(query), split(key), split(value), mask,
-        implementation=self.config.attention,
+      split(query),
+      split(key),
+      split(value),
+      mask,
+      implementation=self.config.attention,
     )
-    mixed = mixed.reshape(
-        num_slices, num_windows * num_slots, *query.shape[2:]
-    )
+    mixed = mixed.reshape(num_slices, num_windows * num_slots, *query.shape[2:])
     return mixed if whole else mixed[:, cut.place]
 
 
@@ -153,9 +160,12 @@ class PatchEmbed(nn.Module):
   def __call__(self, patches):
     tower = self.config.vision
     return layers.linear(
-        tower.hidden_size, use_bias=False, std=tower.initializer_range,
-        dtype=self.config.dtype, param_dtype=self.config.param_dtype,
-        name="proj",
+      tower.hidden_size,
+      use_bias=False,
+      std=tower.initializer_range,
+      dtype=self.config.dtype,
+      param_dtype=self.config.param_dtype,
+      name="proj",
     )(patches)
 
 
@@ -169,12 +179,14 @@ class Merger(nn.Module):
     """[N, 4P, D] -> [N, P, out_hidden_size]."""
     tower = self.config.vision
     settings = dict(
-        use_bias=True, std=tower.initializer_range, dtype=self.config.dtype,
-        param_dtype=self.config.param_dtype,
+      use_bias=True,
+      std=tower.initializer_range,
+      dtype=self.config.dtype,
+      param_dtype=self.config.param_dtype,
     )
     area = tower.spatial_merge_size**2
     x = layers.RMSNorm(
-        tower.rms_norm_eps, self.config.param_dtype, name="norm"
+      tower.rms_norm_eps, self.config.param_dtype, name="norm"
     )(x)
     x = x.reshape(x.shape[0], -1, area * x.shape[-1])
     x = layers.linear(x.shape[-1], name="up", **settings)(x)
@@ -192,20 +204,26 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
   angle = jnp.zeros((merge**2, tower.head_dim // 2))
   embed_rng, layer_rng, merger_rng = jax.random.split(rng, 3)
   return {
-      "patch_embed": PatchEmbed(config).init(embed_rng, patches)["params"],
-      "layers": layers.init_stack(
-          VisionLayer(config), layer_rng, tower.depth, x, angle, angle, True,
-          cut,
-      ),
-      "merger": Merger(config).init(merger_rng, x)["params"],
+    "patch_embed": PatchEmbed(config).init(embed_rng, patches)["params"],
+    "layers": layers.init_stack(
+      VisionLayer(config),
+      layer_rng,
+      tower.depth,
+      x,
+      angle,
+      angle,
+      True,
+      cut,
+    ),
+    "merger": Merger(config).init(merger_rng, x)["params"],
   }
 
 
 def encode(
-    config: VLMConfig,
-    params: dict,
-    patches: jax.Array,
-    grid: tuple[int, int],
+  config: VLMConfig,
+  params: dict,
+  patches: jax.Array,
+  grid: tuple[int, int],
 ) -> jax.Array:
   """Visual tokens of independent temporal slices.
 
@@ -224,37 +242,40 @@ def encode(
     ValueError: the patches do not fit the grid or the model.
   """
   tower = config.vision
-  cut = windows(
-      grid, merge=tower.spatial_merge_size, units=tower.window_units
-  )
+  cut = windows(grid, merge=tower.spatial_merge_size, units=tower.window_units)
   expected = (grid[0] * grid[1], tower.patch_dim)
   if patches.ndim != 3 or patches.shape[1:] != expected:
     raise ValueError(
-        f"patches must be [N, {expected[0]}, {expected[1]}] for a grid of"
-        f" {grid} patches, got {patches.shape}; change the frame size or"
-        " config.model.vision.patch_size"
+      f"patches must be [N, {expected[0]}, {expected[1]}] for a grid of"
+      f" {grid} patches, got {patches.shape}; change the frame size or"
+      " config.model.vision.patch_size"
     )
   angle = rope.vision_angles(
-      grid, merge=tower.spatial_merge_size, head_dim=tower.head_dim,
-      theta=tower.rope_theta,
+    grid,
+    merge=tower.spatial_merge_size,
+    head_dim=tower.head_dim,
+    theta=tower.rope_theta,
   )[cut.order]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   full = np.isin(np.arange(tower.depth), tower.fullatt_block_indexes)
   x = PatchEmbed(config).apply(
-      {"params": params["patch_embed"]}, patches.astype(config.dtype)
+    {"params": params["patch_embed"]}, patches.astype(config.dtype)
   )
   x = x[:, cut.order]
 
   def body(x, layer):
     layer_params, is_full = layer
     x = VisionLayer(config).apply(
-        {"params": layer_params}, x, cos, sin, is_full, cut
+      {"params": layer_params}, x, cos, sin, is_full, cut
     )
     return x, None
 
   x, _ = layers.scan_stack(
-      body, x, (params["layers"], jnp.asarray(full)), remat=config.remat,
-      unroll=config.scan_unroll,
+    body,
+    x,
+    (params["layers"], jnp.asarray(full)),
+    remat=config.remat,
+    unroll=config.scan_unroll,
   )
   token = Merger(config).apply({"params": params["merger"]}, x)
   return token[:, cut.inverse]

@@ -18,13 +18,13 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
   """Fresh parameters: {"vision": ..., "decoder": ...}, layers stacked."""
   vision_rng, decoder_rng = jax.random.split(rng)
   return {
-      "vision": vision.init(config, vision_rng),
-      "decoder": decoder.init(config, decoder_rng),
+    "vision": vision.init(config, vision_rng),
+    "decoder": decoder.init(config, decoder_rng),
   }
 
 
 def encode_vision(
-    config: VLMConfig, params: dict, patches: jax.Array, grid: tuple[int, int]
+  config: VLMConfig, params: dict, patches: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
   """Visual tokens of independent slices.
 
@@ -45,11 +45,11 @@ def encode_vision(
 
 
 def embed(
-    config: VLMConfig,
-    params: dict,
-    token: jax.Array,
-    visual_index: jax.Array,
-    visual_tokens: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  token: jax.Array,
+  visual_index: jax.Array,
+  visual_tokens: jax.Array,
 ) -> jax.Array:
   """Embeddings of a prompt, with visual tokens put in by index.
 
@@ -69,26 +69,25 @@ def embed(
   if visual_tokens.shape[1] == 0:
     return text
   visual = jnp.take_along_axis(
-      visual_tokens.astype(text.dtype),
-      jnp.maximum(visual_index, 0)[:, :, None], axis=1,
+    visual_tokens.astype(text.dtype),
+    jnp.maximum(visual_index, 0)[:, :, None],
+    axis=1,
   )
   return jnp.where(visual_index[:, :, None] >= 0, visual, text)
 
 
-def embed_text(
-    config: VLMConfig, params: dict, token: jax.Array
-) -> jax.Array:
+def embed_text(config: VLMConfig, params: dict, token: jax.Array) -> jax.Array:
   """Rows of the embedding table, int32[...] -> float[..., D]."""
   table = params["decoder"]["embed"]["embedding"]
   return jnp.take(table, token, axis=0).astype(config.dtype)
 
 
 def prefill(
-    config: VLMConfig,
-    params: dict,
-    embedded: jax.Array,
-    position: jax.Array,
-    mask: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  embedded: jax.Array,
+  position: jax.Array,
+  mask: jax.Array,
 ) -> tuple[jax.Array, decoder.PrefixCache]:
   """Runs prompts and keeps their keys and values.
 
@@ -103,29 +102,33 @@ def prefill(
     float[B, S, D] hidden states after the last norm, and the prompts' cache.
   """
   return decoder.run(
-      config, params["decoder"], embedded, position, decoder.causal_mask(mask),
-      with_cache=True,
+    config,
+    params["decoder"],
+    embedded,
+    position,
+    decoder.causal_mask(mask),
+    with_cache=True,
   )
 
 
 def init_completion_cache(
-    config: VLMConfig, num_videos: int, num_completions: int, max_tokens: int
+  config: VLMConfig, num_videos: int, num_completions: int, max_tokens: int
 ) -> decoder.CompletionCache:
   """Empty cache of G completions of at most C tokens for each of B prompts."""
   return decoder.init_completion_cache(
-      config, num_videos, num_completions, max_tokens
+    config, num_videos, num_completions, max_tokens
   )
 
 
 def decode_step(
-    config: VLMConfig,
-    params: dict,
-    token: jax.Array,
-    position: jax.Array,
-    prefix_cache: decoder.PrefixCache,
-    prefix_mask: jax.Array,
-    completion_cache: decoder.CompletionCache,
-    step: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  token: jax.Array,
+  position: jax.Array,
+  prefix_cache: decoder.PrefixCache,
+  prefix_mask: jax.Array,
+  completion_cache: decoder.CompletionCache,
+  step: jax.Array,
 ) -> tuple[jax.Array, decoder.CompletionCache]:
   """Feeds token number `step` of G completions of each of B prompts.
 
@@ -143,19 +146,25 @@ def decode_step(
     float[B, G, D] hidden states after the last norm, and the updated cache.
   """
   return decoder.decode(
-      config, params["decoder"], embed_text(config, params, token), position,
-      prefix_cache, prefix_mask, completion_cache, step,
+    config,
+    params["decoder"],
+    embed_text(config, params, token),
+    position,
+    prefix_cache,
+    prefix_mask,
+    completion_cache,
+    step,
   )
 
 
 def packed(
-    config: VLMConfig,
-    params: dict,
-    embedded: jax.Array,
-    position: jax.Array,
-    mask: jax.Array,
-    token: jax.Array,
-    token_mask: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  embedded: jax.Array,
+  position: jax.Array,
+  mask: jax.Array,
+  token: jax.Array,
+  token_mask: jax.Array,
 ) -> jax.Array:
   """Hidden states that predict the tokens of G completions of one prompt.
 
@@ -179,18 +188,26 @@ def packed(
   last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
   if slots == 1:
     prompt_hidden, _ = decoder.run(
-        config, params["decoder"], embedded, position,
-        decoder.causal_mask(mask), with_cache=False,
+      config,
+      params["decoder"],
+      embedded,
+      position,
+      decoder.causal_mask(mask),
+      with_cache=False,
     )
     return _repeat_slot(prompt_hidden, last, group)
   fed = token[:, :, :-1]  # the last token predicts nothing
   start = 1 + jnp.max(jnp.where(mask[:, None], position, 0), axis=(1, 2))
   fed_position = start[:, None, None, None] + jnp.arange(slots - 1)
   prompt_hidden, hidden = decoder.run_packed(
-      config, params["decoder"], embedded, position, mask,
-      embed_text(config, params, fed),
-      jnp.broadcast_to(fed_position, (fed.shape[0], 3, *fed.shape[1:])),
-      token_mask[:, :, :-1],
+    config,
+    params["decoder"],
+    embedded,
+    position,
+    mask,
+    embed_text(config, params, fed),
+    jnp.broadcast_to(fed_position, (fed.shape[0], 3, *fed.shape[1:])),
+    token_mask[:, :, :-1],
   )
   first = _repeat_slot(prompt_hidden, last, group)
   return jnp.concatenate([first, hidden], axis=2)
@@ -208,13 +225,13 @@ def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
 
 
 def forward(
-    config: VLMConfig,
-    params: dict,
-    token: jax.Array,
-    position: jax.Array,
-    mask: jax.Array,
-    visual_index: jax.Array,
-    visual_tokens: jax.Array,
+  config: VLMConfig,
+  params: dict,
+  token: jax.Array,
+  position: jax.Array,
+  mask: jax.Array,
+  visual_index: jax.Array,
+  visual_tokens: jax.Array,
 ) -> jax.Array:
   """Logits of whole sequences, padded on either side.
 
@@ -232,7 +249,11 @@ def forward(
   """
   embedded = embed(config, params, token, visual_index, visual_tokens)
   hidden, _ = decoder.run(
-      config, params["decoder"], embedded, position, decoder.causal_mask(mask),
-      with_cache=False,
+    config,
+    params["decoder"],
+    embedded,
+    position,
+    decoder.causal_mask(mask),
+    with_cache=False,
   )
   return logits(config, params, hidden)

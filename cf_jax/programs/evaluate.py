@@ -41,20 +41,23 @@ class Evaluator:
   """
 
   def __init__(
-      self,
-      experiment: experiment_lib.Experiment,
-      samples: Sequence[records.Sample],
-      arms: Sequence[str],
-      *,
-      batch_size: int,
-      max_tokens: int,
+    self,
+    experiment: experiment_lib.Experiment,
+    samples: Sequence[records.Sample],
+    arms: Sequence[str],
+    *,
+    batch_size: int,
+    max_tokens: int,
   ):
     self._experiment = experiment
     self._samples = list(samples)
     self._arms = tuple(arms)
-    self._batch_size = min(batch_size, len(self._samples))
+    # The last batch is filled up; so is one too small for all devices.
+    parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    smaller = min(batch_size, len(self._samples))
+    self._batch_size = parts * -(-smaller // parts)
     self._answer = experiment_lib.make_answer_step(
-        experiment, max_tokens=max_tokens
+      experiment, max_tokens=max_tokens
     )
     self._encode = experiment_lib.make_encode_step(experiment)
     self._prepared: list[tuple[Prepared, int]] = []
@@ -71,12 +74,13 @@ class Evaluator:
         real = len(rows)
         rows = rows + [rows[-1]] * (self._batch_size - real)
         batch = pipeline.collate(
-            rows, np.arange(start, start + self._batch_size),
-            scan_frames=settings["scan_frames"],
-            scan_size_px=settings["scan_size_px"],
+          rows,
+          np.arange(start, start + self._batch_size),
+          scan_frames=settings["scan_frames"],
+          scan_size_px=settings["scan_size_px"],
         )
         self._prepared.append(
-            (self._experiment.make_views(batch, self._arms), real)
+          (self._experiment.make_views(batch, self._arms), real)
         )
         bar.advance(real)
 
@@ -87,25 +91,27 @@ class Evaluator:
     for prepared, real in self._prepared:
       encoded = self._encode(params, self._experiment.put(prepared.pixel))
       for arm in self._arms:
-        rollout = jax.device_get(self._answer(
+        rollout = jax.device_get(
+          self._answer(
             params, self._experiment.put(prepared.view[arm]), encoded
-        ))
+          )
+        )
         text = experiment_lib.decode_rollout(
-            self._experiment.tokenizer, rollout.token, rollout.mask
+          self._experiment.tokenizer, rollout.token, rollout.mask
         )
         correct, texts = found[arm]
         for row, sample in zip(
-            text[:real], prepared.batch.samples[:real], strict=True
+          text[:real], prepared.batch.samples[:real], strict=True
         ):
           texts.append(row[0])
           correct.append(answers.is_correct(row[0], sample))
     return {
-        arm: Judged(np.asarray(correct, dtype=bool), texts)
-        for arm, (correct, texts) in found.items()
+      arm: Judged(np.asarray(correct, dtype=bool), texts)
+      for arm, (correct, texts) in found.items()
     }
 
   def write_predictions(
-      self, judged: dict[str, dict[str, Judged]], path: pathlib.Path
+    self, judged: dict[str, dict[str, Judged]], path: pathlib.Path
   ) -> None:
     """Every completion behind the accuracies, one JSON object a line.
 
@@ -114,14 +120,21 @@ class Evaluator:
       path: of the JSONL file.
     """
     lines = [
-        json.dumps({
-            "id": sample.id, "task": sample.task, "answer": sample.answer,
-            "stage": stage, "view": arm, "completion": answered.text[n],
-            "correct": bool(answered.correct[n]),
-        }, ensure_ascii=False)
-        for stage, arms in judged.items()
-        for arm, answered in arms.items()
-        for n, sample in enumerate(self._samples)
+      json.dumps(
+        {
+          "id": sample.id,
+          "task": sample.task,
+          "answer": sample.answer,
+          "stage": stage,
+          "view": arm,
+          "completion": answered.text[n],
+          "correct": bool(answered.correct[n]),
+        },
+        ensure_ascii=False,
+      )
+      for stage, arms in judged.items()
+      for arm, answered in arms.items()
+      for n, sample in enumerate(self._samples)
     ]
     telemetry.write_text(path, "\n".join(lines) + "\n")
 
@@ -148,28 +161,30 @@ class Evaluator:
       seconds = prepared.frame_time_s[n]
       shown = prepared.frames[n]
       report.film_strip(
-          workdir / report.STRIPS_FOLDER / f"{place:02d}_{sample.task}.png",
-          uniform_frames=shown[num_slots : 2 * num_slots][uniform],
-          uniform_s=seconds[num_slots:][uniform],
-          tad_frames=shown[:num_slots][keyframe],
-          tad_s=seconds[:num_slots][keyframe],
-          score=prepared.keyframes.variation[n][seen],
-          time_s=batch.scan_time_s[n][seen],
-          apex=prepared.keyframes.apex[n][seen],
-          events=[(start, end, "evidence") for start, end in sample.evidence],
-          about={
-              "question": sample.question, "options": list(sample.options),
-              "answer": sample.answer, "task": sample.task,
-          },
+        workdir / report.STRIPS_FOLDER / f"{place:02d}_{sample.task}.png",
+        uniform_frames=shown[num_slots : 2 * num_slots][uniform],
+        uniform_s=seconds[num_slots:][uniform],
+        tad_frames=shown[:num_slots][keyframe],
+        tad_s=seconds[:num_slots][keyframe],
+        score=prepared.keyframes.variation[n][seen],
+        time_s=batch.scan_time_s[n][seen],
+        apex=prepared.keyframes.apex[n][seen],
+        events=[(start, end, "evidence") for start, end in sample.evidence],
+        about={
+          "question": sample.question,
+          "options": list(sample.options),
+          "answer": sample.answer,
+          "task": sample.task,
+        },
       )
 
   def rows(self, judged: dict[str, Judged], stage: str) -> list[dict]:
     """Rows of `results.json`: stage, view, task, accuracy and interval."""
     tasks = [sample.task for sample in self._samples]
     return [
-        {"stage": stage, "view": arm, "task": task, **score._asdict()}
-        for arm, answered in judged.items()
-        for task, score in accuracy.by_task(answered.correct, tasks).items()
+      {"stage": stage, "view": arm, "task": task, **score._asdict()}
+      for arm, answered in judged.items()
+      for task, score in accuracy.by_task(answered.correct, tasks).items()
     ]
 
 
@@ -181,12 +196,12 @@ def chance(samples: Sequence[records.Sample]) -> dict[str, float]:
     each.setdefault(sample.task, []).append(share)
   pooled = [share for shares in each.values() for share in shares]
   return {
-      task: float(np.mean(shares)) for task, shares in sorted(each.items())
+    task: float(np.mean(shares)) for task, shares in sorted(each.items())
   } | {"all": float(np.mean(pooled))}
 
 
 def probes(
-    experiment: experiment_lib.Experiment, count: int
+  experiment: experiment_lib.Experiment, count: int
 ) -> dict[str, dict[str, float]]:
   """Small probes for shortcuts in the built-in set, by `data.shortcuts`.
 
@@ -203,11 +218,14 @@ def probes(
   samples = experiment.samples["test"][:count]
   settings = experiment.config.data.loader
   batch = pipeline.collate(
-      samples, np.arange(len(samples)), scan_frames=settings.scan_frames,
-      scan_size_px=settings.scan_size_px,
+    samples,
+    np.arange(len(samples)),
+    scan_frames=settings.scan_frames,
+    scan_size_px=settings.scan_size_px,
   )
   found = shortcuts.shortcut_probes(
-      shortcuts.specs_of(samples), batch.scan,
-      np.random.default_rng(experiment.config.seed),
+    shortcuts.specs_of(samples),
+    batch.scan,
+    np.random.default_rng(experiment.config.seed),
   )
   return {name: probe._asdict() for name, probe in found.items()}

@@ -21,13 +21,13 @@ from absl import logging
 
 from cf_jax import policy, sampling, views
 from cf_jax.data import (
-    answers,
-    patches,
-    pipeline,
-    prompts,
-    records,
-    synthetic,
-    video,
+  answers,
+  patches,
+  pipeline,
+  prompts,
+  records,
+  synthetic,
+  video,
 )
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
@@ -72,10 +72,12 @@ class Experiment:
     """A grain iterator over one split, sharded over processes."""
     settings = dict(self.config.data.loader) | overrides
     return pipeline.make_loader(
-        self.samples[split], seed=self.config.seed,
-        max_skip_fraction=self.config.data.max_skip_fraction,
-        shard_index=jax.process_index(), shard_count=jax.process_count(),
-        **settings,
+      self.samples[split],
+      seed=self.config.seed,
+      max_skip_fraction=self.config.data.max_skip_fraction,
+      shard_index=jax.process_index(),
+      shard_count=jax.process_count(),
+      **settings,
     )
 
   def put(self, tree: Any) -> Any:
@@ -84,7 +86,11 @@ class Experiment:
 
 
 def load_samples(
-    *, source: str, cache_dir: str, synthetic_set: dict, seed: int,
+  *,
+  source: str,
+  cache_dir: str,
+  synthetic_set: dict,
+  seed: int,
 ) -> dict[str, list[records.Sample]]:
   """Samples of every split.
 
@@ -105,41 +111,41 @@ def load_samples(
   kind, _, path = source.partition(":")
   if kind != "jsonl" or not path:
     raise ValueError(
-        f"data.source must be 'synthetic' or 'jsonl:PATH', got {source!r};"
-        " change config.data.source"
+      f"data.source must be 'synthetic' or 'jsonl:PATH', got {source!r};"
+      " change config.data.source"
     )
   path = pathlib.Path(path)
   if path.is_dir():
     return {
-        split: records.load_jsonl(path / f"{split}.jsonl") for split in SPLITS
+      split: records.load_jsonl(path / f"{split}.jsonl") for split in SPLITS
     }
   everything = records.load_jsonl(path)
   tenth = len(everything) // 10
   if tenth < 1:
     raise ValueError(
-        f"{path} has {len(everything)} lines, expected at least 10 to hold out"
-        " a dev and a test tenth; give a folder with train.jsonl, dev.jsonl and"
-        " test.jsonl in config.data.source"
+      f"{path} has {len(everything)} lines, expected at least 10 to hold out"
+      " a dev and a test tenth; give a folder with train.jsonl, dev.jsonl and"
+      " test.jsonl in config.data.source"
     )
   return {
-      "train": everything[: -2 * tenth],
-      "dev": everything[-2 * tenth : -tenth],
-      "test": everything[-tenth:],
+    "train": everything[: -2 * tenth],
+    "dev": everything[-2 * tenth : -tenth],
+    "test": everything[-tenth:],
   }
 
 
 def build(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> Experiment:
   """Reads the config and makes everything that does not train."""
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = prompts.load_tokenizer(config.tokenizer)
-  model = model_config.make(
-      vocab_size=tokenizer.vocab_size, **config.model
-  )
+  model = model_config.make(vocab_size=tokenizer.vocab_size, **config.model)
   samples = load_samples(
-      source=config.data.source, cache_dir=config.data.cache_dir,
-      synthetic_set=dict(config.data.synthetic), seed=config.data.seed,
+    source=config.data.source,
+    cache_dir=config.data.cache_dir,
+    synthetic_set=dict(config.data.synthetic),
+    seed=config.data.seed,
   )
   for split, rows in samples.items():
     logging.info("%s: %d samples", split, len(rows))
@@ -151,27 +157,32 @@ def build(
   if config.scan.descriptor == "vision":
     encode = _vision_descriptor(config, model)
   make_views = views.ViewMaker(
-      tokenizer,
-      views.make_selector(
-          descriptor=config.scan.descriptor, encode=encode, **config.tad
-      ),
-      reader,
-      prompt=dict(config.prompt.build),
-      max_prompt_tokens=config.prompt.max_tokens,
-      patch=(
-          model.vision.patch_size,
-          model.vision.spatial_merge_size,
-          model.vision.temporal_patch_size,
-      ),
-      num_keyframes=config.tad.num_keyframes,
-      num_shuffles=config.contrast.num_shuffles,
-      seed=config.seed,
+    tokenizer,
+    views.make_selector(
+      descriptor=config.scan.descriptor, encode=encode, **config.tad
+    ),
+    reader,
+    prompt=dict(config.prompt.build),
+    max_prompt_tokens=config.prompt.max_tokens,
+    patch=(
+      model.vision.patch_size,
+      model.vision.spatial_merge_size,
+      model.vision.temporal_patch_size,
+    ),
+    num_keyframes=config.tad.num_keyframes,
+    num_shuffles=config.contrast.num_shuffles,
+    seed=config.seed,
   )
   return Experiment(
-      config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer,
-      model=model, samples=samples, make_views=make_views,
-      banned=tokenizer.banned_mask(model.vocab_size),
-      data_hash=hash_samples(samples),
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    model=model,
+    samples=samples,
+    make_views=make_views,
+    banned=tokenizer.banned_mask(model.vocab_size),
+    data_hash=hash_samples(samples),
   )
 
 
@@ -180,64 +191,74 @@ def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
   digest = hashlib.sha256()
   for split, rows in sorted(samples.items()):
     for row in rows:
-      said = (split, row.id, pathlib.Path(row.video).name, row.question,
-              row.options, row.answer)
+      said = (
+        split,
+        row.id,
+        pathlib.Path(row.video).name,
+        row.question,
+        row.options,
+        row.answer,
+      )
       digest.update(repr(said).encode())
   return digest.hexdigest()[:16]
 
 
 def summary(
-    experiment: Experiment, writer: telemetry.MetricWriter
+  experiment: Experiment, writer: telemetry.MetricWriter
 ) -> dict[str, str]:
   """What a run is about to do, for the start-up table."""
   config = experiment.config
   abstract = jax.eval_shape(
-      lambda: vlm.init(experiment.model, jax.random.key(0))
+    lambda: vlm.init(experiment.model, jax.random.key(0))
   )
   count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(
-      abstract
-  ))
+  size = sum(
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
+  )
   num_keyframes = config.tad.num_keyframes
   num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
   longest = max(
-      experiment.samples["train"],
-      key=lambda sample: len(sample.question) + len("".join(sample.options)),
+    experiment.samples["train"],
+    key=lambda sample: len(sample.question) + len("".join(sample.options)),
   )
   prompt = experiment.make_views.count_tokens(
-      longest, duration_s=video.probe(longest.video).duration_s
+    longest, duration_s=video.probe(longest.video).duration_s
   )
   batch, group = config.rl.prompts_per_step, config.sampling.num_completions
   slots = config.prompt.max_tokens + group * config.sampling.max_tokens
   model = experiment.model
   cache = (
-      2 * model.num_hidden_layers * batch * slots * model.num_key_value_heads
-      * model.head_dim * jnp.dtype(model.dtype).itemsize
+    2
+    * model.num_hidden_layers
+    * batch
+    * slots
+    * model.num_key_value_heads
+    * model.head_dim
+    * jnp.dtype(model.dtype).itemsize
   )
   mib = 2.0**20
   devices = jax.devices()
   return {
-      "devices": f"{len(devices)} x {devices[0].device_kind}, mesh"
-                 f" {dict(experiment.mesh.shape)}",
-      "policy": f"{config.model.size}: {count / 1e6:.2f} M parameters",
-      "samples": ", ".join(
-          f"{split} {len(rows)}"
-          for split, rows in experiment.samples.items()
-      ),
-      "frames": f"{config.data.loader.scan_frames} scanned, {num_keyframes}"
-                " shown",
-      "tokens per sample": f"{num_visual} visual, at most {prompt} in the"
-                           " longest question's prompt (limit"
-                           f" {config.prompt.max_tokens}),"
-                           f" up to {config.sampling.max_tokens} new",
-      "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
-                 " completions; an epoch is"
-                 f" {len(experiment.samples['train']) // batch} updates",
-      "memory": f"parameters {size / mib:.1f} MiB, Adam {2 * size / mib:.1f},"
-                f" reference {size / mib:.1f}, key/value cache"
-                f" {cache / mib:.1f}",
-      "kept in": str(experiment.workdir),
-      "event files": writer.backend,
+    "devices": f"{len(devices)} x {devices[0].device_kind}, mesh"
+    f" {dict(experiment.mesh.shape)}",
+    "policy": f"{config.model.size}: {count / 1e6:.2f} M parameters",
+    "samples": ", ".join(
+      f"{split} {len(rows)}" for split, rows in experiment.samples.items()
+    ),
+    "frames": f"{config.data.loader.scan_frames} scanned, {num_keyframes}"
+    " shown",
+    "tokens per sample": f"{num_visual} visual, at most {prompt} in the"
+    " longest question's prompt (limit"
+    f" {config.prompt.max_tokens}),"
+    f" up to {config.sampling.max_tokens} new",
+    "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
+    " completions; an epoch is"
+    f" {len(experiment.samples['train']) // batch} updates",
+    "memory": f"parameters {size / mib:.1f} MiB, Adam {2 * size / mib:.1f},"
+    f" reference {size / mib:.1f}, key/value cache"
+    f" {cache / mib:.1f}",
+    "kept in": str(experiment.workdir),
+    "event files": writer.backend,
   }
 
 
@@ -247,11 +268,13 @@ def _vision_descriptor(config, model):
   The tower is the initial one (seeded), so that the scan of a run does not
   change under its feet while the policy trains.
   """
-  params = vlm.init(model, jax.random.key(config.seed))
+  params = jax.jit(lambda: vlm.init(model, jax.random.key(config.seed)))()
   height, width = config.data.loader.scan_size_px
   grid = patches.grid_of(
-      height, width, patch=model.vision.patch_size,
-      merge=model.vision.spatial_merge_size,
+    height,
+    width,
+    patch=model.vision.patch_size,
+    merge=model.vision.spatial_merge_size,
   )
 
   @jax.jit
@@ -261,9 +284,10 @@ def _vision_descriptor(config, model):
 
   def embed(scan):
     pixel = patches.frames_to_patches(
-        scan.reshape(-1, *scan.shape[2:]), patch=model.vision.patch_size,
-        merge=model.vision.spatial_merge_size,
-        temporal=model.vision.temporal_patch_size,
+      scan.reshape(-1, *scan.shape[2:]),
+      patch=model.vision.patch_size,
+      merge=model.vision.spatial_merge_size,
+      temporal=model.vision.temporal_patch_size,
     )
     return encode(pixel.reshape(*scan.shape[:2], *pixel.shape[1:]))
 
@@ -271,9 +295,9 @@ def _vision_descriptor(config, model):
 
 
 def make_state(
-    experiment: Experiment,
-    optimizer_settings: ml_collections.ConfigDict,
-    params: Any | None = None,
+  experiment: Experiment,
+  optimizer_settings: ml_collections.ConfigDict,
+  params: Any | None = None,
 ) -> tuple[TrainState, TrainState, optax.GradientTransformation]:
   """A fresh TrainState on the mesh, its shardings, and its optimizer.
 
@@ -284,7 +308,7 @@ def make_state(
       donated state never takes the reference policy's buffers with it.
   """
   abstract = jax.eval_shape(
-      lambda: vlm.init(experiment.model, jax.random.key(0))
+    lambda: vlm.init(experiment.model, jax.random.key(0))
   )
   optimizer = optim.make_optimizer(abstract, **optimizer_settings)
 
@@ -294,14 +318,17 @@ def make_state(
     else:
       params = jax.tree.map(jnp.copy, params)
     return TrainState(
-        step=jnp.int32(0), params=params, opt_state=optimizer.init(params),
-        rng=jax.random.key_data(rng),
+      step=jnp.int32(0),
+      params=params,
+      opt_state=optimizer.init(params),
+      rng=jax.random.key_data(rng),
     )
 
   rng = jax.random.key(experiment.config.seed)
   shardings = sharding.tree_shardings(
-      jax.eval_shape(init, rng, params), experiment.mesh,
-      sharding.STATE_RULES,
+    jax.eval_shape(init, rng, params),
+    experiment.mesh,
+    sharding.STATE_RULES,
   )
   state = jax.jit(init, out_shardings=shardings)(rng, params)
   return state, shardings, optimizer
@@ -315,10 +342,16 @@ def make_answer_step(experiment: Experiment, *, max_tokens: int):
   def answer_step(params, view: View, encoded) -> Rollout:
     count = encoded.shape[0]
     return sampling.generate(
-        experiment.model, params, view.prompt,
-        policy.show(encoded, view.frame),
-        jnp.zeros((count, 2), jnp.uint32), jnp.asarray(experiment.banned),
-        num_completions=1, max_tokens=max_tokens, eos_id=eos, temperature=0.0,
+      experiment.model,
+      params,
+      view.prompt,
+      policy.show(encoded, view.frame),
+      jnp.zeros((count, 2), jnp.uint32),
+      jnp.asarray(experiment.banned),
+      num_completions=1,
+      max_tokens=max_tokens,
+      eos_id=eos,
+      temperature=0.0,
     )
 
   return answer_step
@@ -330,24 +363,22 @@ def make_encode_step(experiment: Experiment):
   @jax.jit
   def encode_step(params, pixel):
     return policy.encode_frames(
-        experiment.model, params, pixel, grid=experiment.grid
+      experiment.model, params, pixel, grid=experiment.grid
     )
 
   return encode_step
 
 
 def decode_rollout(
-    tokenizer: prompts.Tokenizer, token: np.ndarray, mask: np.ndarray
+  tokenizer: prompts.Tokenizer, token: np.ndarray, mask: np.ndarray
 ) -> list[list[str]]:
   """Completions as text, the end token left out: [B][G]."""
   return [
-      [
-          tokenizer.decode([
-              int(i) for i in row[real] if i != tokenizer.eos_id
-          ])
-          for row, real in zip(rows, reals, strict=True)
-      ]
-      for rows, reals in zip(token, mask, strict=True)
+    [
+      tokenizer.decode([int(i) for i in row[real] if i != tokenizer.eos_id])
+      for row, real in zip(rows, reals, strict=True)
+    ]
+    for rows, reals in zip(token, mask, strict=True)
   ]
 
 
@@ -368,14 +399,14 @@ class Stream:
   """
 
   def __init__(
-      self,
-      experiment: Experiment,
-      split: str,
-      arms: Sequence[str],
-      *,
-      batch_size: int,
-      first: int = 0,
-      loader_state: dict | None = None,
+    self,
+    experiment: Experiment,
+    split: str,
+    arms: Sequence[str],
+    *,
+    batch_size: int,
+    first: int = 0,
+    loader_state: dict | None = None,
   ):
     self._loader = experiment.loader(split, batch_size=batch_size)
     if loader_state is not None:
@@ -393,7 +424,7 @@ class Stream:
       while not self._closed.is_set():
         batch = next(self._loader)
         prepared = self._experiment.make_views(
-            batch, self._arms, draw=self._next
+          batch, self._arms, draw=self._next
         )
         self._next += 1
         self._offer((prepared, self._loader.get_state()))
@@ -425,3 +456,4 @@ class Stream:
   def __exit__(self, *_) -> None:
     self._closed.set()
     self._thread.join()
+    self._loader.close()

@@ -37,11 +37,11 @@ class Targets(NamedTuple):
 
 
 def target_rollout(
-    tokenizer: prompts.Tokenizer,
-    samples: list[records.Sample],
-    max_tokens: int,
-    *,
-    answer_form: Literal["letter", "text"],
+  tokenizer: prompts.Tokenizer,
+  samples: list[records.Sample],
+  max_tokens: int,
+  *,
+  answer_form: Literal["letter", "text"],
 ) -> Rollout:
   """The wanted completion of each sample as a Rollout with G = 1.
 
@@ -58,8 +58,8 @@ def target_rollout(
   """
   if answer_form not in ("letter", "text"):
     raise ValueError(
-        f"answer_form must be 'letter' or 'text', got {answer_form!r}; change"
-        " config.sft.answer_form"
+      f"answer_form must be 'letter' or 'text', got {answer_form!r}; change"
+      " config.sft.answer_form"
     )
   shape = (len(samples), 1, max_tokens)
   token = np.full(shape, tokenizer.eos_id, dtype=np.int32)
@@ -72,59 +72,65 @@ def target_rollout(
     ids.append(tokenizer.eos_id)
     if len(ids) > max_tokens:
       raise ValueError(
-          f"the target of sample {sample.id!r} has {len(ids)} tokens, the limit"
-          f" is {max_tokens}; raise config.sampling.max_tokens"
+        f"the target of sample {sample.id!r} has {len(ids)} tokens, the limit"
+        f" is {max_tokens}; raise config.sampling.max_tokens"
       )
     token[row, 0, : len(ids)] = ids
     mask[row, 0, : len(ids)] = True
   return Rollout(
-      token=token, mask=mask, logprob=np.zeros(shape, np.float32),
-      finished=np.ones(shape[:2], dtype=bool),
+    token=token,
+    mask=mask,
+    logprob=np.zeros(shape, np.float32),
+    finished=np.ones(shape[:2], dtype=bool),
   )
 
 
 def sft_loss(
-    params: Any, batch: Targets, *, model, grid, banned
+  params: Any, batch: Targets, *, model, grid, banned
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean negative log-likelihood of the target tokens, in nats a token."""
   encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
   logprob, entropy = policy.completion_logprobs(
-      model, params, batch.view, encoded, batch.target, banned
+    model, params, batch.view, encoded, batch.target, banned
   )
   loss = -masked.masked_mean(logprob, batch.target.mask)
   return loss, {
-      "loss": loss,
-      "entropy": masked.masked_mean(entropy, batch.target.mask),
+    "loss": loss,
+    "entropy": masked.masked_mean(entropy, batch.target.mask),
   }
 
 
 def make_sft_step(
-    experiment: experiment_lib.Experiment,
-    optimizer: optax.GradientTransformation,
-    state_shardings: TrainState,
+  experiment: experiment_lib.Experiment,
+  optimizer: optax.GradientTransformation,
+  state_shardings: TrainState,
 ):
   """The jitted update: state (donated), Targets -> state, metrics."""
   banned = jnp.asarray(experiment.banned)
 
   def sft_step(state: TrainState, batch: Targets):
     (_, metrics), grad = jax.value_and_grad(sft_loss, has_aux=True)(
-        state.params, batch, model=experiment.model, grid=experiment.grid,
-        banned=banned,
+      state.params,
+      batch,
+      model=experiment.model,
+      grid=experiment.grid,
+      banned=banned,
     )
     return apply_gradient(state, grad, metrics, optimizer)
 
   return jax.jit(
-      sft_step, donate_argnums=0,
-      in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
-      out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
+    sft_step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
+    out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
   )
 
 
 def apply_gradient(
-    state: TrainState,
-    grad: Any,
-    metrics: dict[str, jax.Array],
-    optimizer: optax.GradientTransformation,
+  state: TrainState,
+  grad: Any,
+  metrics: dict[str, jax.Array],
+  optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update; a non-finite gradient leaves the state as it was.
 
@@ -138,21 +144,21 @@ def apply_gradient(
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
   metrics = metrics | {
-      "grad_norm": optax.global_norm(grad),
-      "nonfinite": 1.0 - finite.astype(jnp.float32),
+    "grad_norm": optax.tree.norm(grad),
+    "nonfinite": 1.0 - finite.astype(jnp.float32),
   }
   return state.replace(
-      step=state.step + 1,
-      params=keep(params, state.params),
-      opt_state=keep(opt_state, state.opt_state),
+    step=state.step + 1,
+    params=keep(params, state.params),
+    opt_state=keep(opt_state, state.opt_state),
   ), metrics
 
 
 def cold_start(
-    experiment: experiment_lib.Experiment,
-    judge: evaluate.Evaluator,
-    writer: telemetry.MetricWriter,
-    store: checkpoint.Checkpoints,
+  experiment: experiment_lib.Experiment,
+  judge: evaluate.Evaluator,
+  writer: telemetry.MetricWriter,
+  store: checkpoint.Checkpoints,
 ) -> TrainState:
   """Trains until dev accuracy reaches `sft.stop_accuracy`, or `max_steps`.
 
@@ -167,7 +173,7 @@ def cold_start(
   """
   config = experiment.config.sft
   state, shardings, optimizer = experiment_lib.make_state(
-      experiment, config.optim
+    experiment, config.optim
   )
   first, loader_state = 0, None
   if store.latest_step() is not None:
@@ -181,34 +187,39 @@ def cold_start(
   timer = telemetry.PhaseTimer()
 
   with (
-      experiment_lib.Stream(
-          experiment, "train", ("keyframes",), batch_size=config.batch_size,
-          first=first, loader_state=loader_state,
-      ) as stream,
-      telemetry.progress(
-          "cold start", config.max_steps, start=first, unit="update"
-      ) as bar,
+    experiment_lib.Stream(
+      experiment,
+      "train",
+      ("keyframes",),
+      batch_size=config.batch_size,
+      first=first,
+      loader_state=loader_state,
+    ) as stream,
+    telemetry.progress(
+      "cold start", config.max_steps, start=first, unit="update"
+    ) as bar,
   ):
     for step in range(first + 1, config.max_steps + 1):
       with timer("data"):
         prepared, loader_state = next(stream)
         view = prepared.view["keyframes"]
         targets = Targets(
-            view=view,
-            pixel=prepared.pixel[:, : view.frame.shape[1]],
-            target=target_rollout(
-                experiment.tokenizer, prepared.batch.samples,
-                experiment.config.sampling.max_tokens,
-                answer_form=config.answer_form,
-            ),
+          view=view,
+          pixel=prepared.pixel[:, : view.frame.shape[1]],
+          target=target_rollout(
+            experiment.tokenizer,
+            prepared.batch.samples,
+            experiment.config.sampling.max_tokens,
+            answer_form=config.answer_form,
+          ),
         )
       with timer("update"):
         state, metrics = sft_step(state, experiment.put(targets))
         metrics = jax.device_get(metrics)
       if metrics["nonfinite"]:
         raise FloatingPointError(
-            f"cold start: non-finite gradient at update {step}; lower"
-            " config.sft.optim.learning_rate"
+          f"cold start: non-finite gradient at update {step}; lower"
+          " config.sft.optim.learning_rate"
         )
       timer.step()
       bar.advance(loss=float(metrics["loss"]))
@@ -219,12 +230,15 @@ def cold_start(
         metrics["dev_accuracy"] = float(np.mean(judged.correct))
         done = done or metrics["dev_accuracy"] >= config.stop_accuracy
         logging.info(
-            "cold start: update %d, loss %.3f, dev accuracy %.3f", step,
-            metrics["loss"], metrics["dev_accuracy"],
+          "cold start: update %d, loss %.3f, dev accuracy %.3f",
+          step,
+          metrics["loss"],
+          metrics["dev_accuracy"],
         )
       writer.write(
-          step, "sft",
-          metrics | timer.collect() | {"data/skipped_total": stream.skipped},
+        step,
+        "sft",
+        metrics | timer.collect() | {"data/skipped_total": stream.skipped},
       )
       if done or step % config.checkpoint_every == 0:
         writer.flush()

@@ -37,20 +37,26 @@ def make_rollout_step(experiment: experiment_lib.Experiment):
   """params, View, pixel, seed, settings -> Rollout, encoded frames."""
   settings = dict(experiment.config.sampling)
   static = {
-      "num_completions": settings.pop("num_completions"),
-      "max_tokens": settings.pop("max_tokens"),
-      "eos_id": experiment.tokenizer.eos_id,
+    "num_completions": settings.pop("num_completions"),
+    "max_tokens": settings.pop("max_tokens"),
+    "eos_id": experiment.tokenizer.eos_id,
   }
   banned = jnp.asarray(experiment.banned)
 
   @jax.jit
   def rollout_step(params, view: View, pixel, seed, settings):
     encoded = policy.encode_frames(
-        experiment.model, params, pixel, grid=experiment.grid
+      experiment.model, params, pixel, grid=experiment.grid
     )
     rollout = sampling.generate(
-        experiment.model, params, view.prompt,
-        policy.show(encoded, view.frame), seed, banned, **static, **settings,
+      experiment.model,
+      params,
+      view.prompt,
+      policy.show(encoded, view.frame),
+      seed,
+      banned,
+      **static,
+      **settings,
     )
     return rollout, encoded
 
@@ -69,22 +75,27 @@ def make_score_step(experiment: experiment_lib.Experiment):
   abstract = jax.eval_shape(lambda: vlm.init(model, jax.random.key(0)))
   patterns = tuple(experiment.config.rl.optim.frozen)
   vision_frozen = bool(patterns) and all(
-      jax.tree.leaves(optim.matches(abstract, patterns)["vision"])
+    jax.tree.leaves(optim.matches(abstract, patterns)["vision"])
   )
 
   @jax.jit
-  def score_step(params, ref_params, view: dict[str, View], pixel, encoded,
-                 rollout):
+  def score_step(
+    params, ref_params, view: dict[str, View], pixel, encoded, rollout
+  ):
     def logprobs(weights, arm, frames):
       return policy.completion_logprobs(
-          model, weights, view[arm], frames, rollout, banned
+        model, weights, view[arm], frames, rollout, banned
       )[0]
 
     with jax.named_scope("score"):
-      shuffled = jnp.stack([
+      shuffled = jnp.stack(
+        [
           logprobs(params, arm, encoded)
-          for arm in sorted(view) if arm.startswith("shuffled")
-      ], axis=1)
+          for arm in sorted(view)
+          if arm.startswith("shuffled")
+        ],
+        axis=1,
+      )
       uniform = logprobs(params, "uniform", encoded)[:, None]
     with jax.named_scope("reference"):
       ref_encoded = encoded
@@ -106,36 +117,41 @@ def make_reward_step(experiment: experiment_lib.Experiment):
   advantage_settings = dict(config.advantage)
 
   @jax.jit
-  def reward_step(verdict: Verdict, evidence, rollout, shuffled, uniform,
-                  can_shuffle):
+  def reward_step(
+    verdict: Verdict, evidence, rollout, shuffled, uniform, can_shuffle
+  ):
     g_shuffled, g_uniform = (
-        rewards.rollout_contrast(
-            rollout.logprob, view, verdict.answer_span, tau=tau
-        )
-        for view in (shuffled, uniform)
+      rewards.rollout_contrast(
+        rollout.logprob, view, verdict.answer_span, tau=tau
+      )
+      for view in (shuffled, uniform)
     )
     correct = rewards.is_correct(verdict.component["accuracy"])
     saliency = rewards.evidence_saliency(verdict.cited, evidence)
     bonus = rewards.contrast_bonus(
-        correct, g_shuffled, g_uniform, saliency,
-        shuffled_mask=can_shuffle, **contrast,
+      correct,
+      g_shuffled,
+      g_uniform,
+      saliency,
+      shuffled_mask=can_shuffle,
+      **contrast,
     )
     reward = rewards.combine(verdict.component, weight=weight) + bonus
     advantage = grpo.group_advantages(reward, **advantage_settings)
     metrics = {
-        f"reward/{name}": jnp.mean(value)
-        for name, value in verdict.component.items()
+      f"reward/{name}": jnp.mean(value)
+      for name, value in verdict.component.items()
     } | {
-        "reward/mean": jnp.mean(reward),
-        "reward/zero_spread_groups": jnp.mean(~grpo.spread_mask(reward)),
-        "bonus/mean": jnp.mean(bonus),
-        "bonus/saliency": jnp.mean(saliency),
-        "bonus/g_shuffled_correct": masked.masked_mean(g_shuffled, correct),
-        "bonus/g_shuffled_wrong": masked.masked_mean(g_shuffled, ~correct),
-        "bonus/g_uniform_correct": masked.masked_mean(g_uniform, correct),
-        "bonus/g_uniform_wrong": masked.masked_mean(g_uniform, ~correct),
-        "length/mean": jnp.mean(verdict.length),
-        "length/unfinished": jnp.mean(~rollout.finished),
+      "reward/mean": jnp.mean(reward),
+      "reward/zero_spread_groups": jnp.mean(~grpo.spread_mask(reward)),
+      "bonus/mean": jnp.mean(bonus),
+      "bonus/saliency": jnp.mean(saliency),
+      "bonus/g_shuffled_correct": masked.masked_mean(g_shuffled, correct),
+      "bonus/g_shuffled_wrong": masked.masked_mean(g_shuffled, ~correct),
+      "bonus/g_uniform_correct": masked.masked_mean(g_uniform, correct),
+      "bonus/g_uniform_wrong": masked.masked_mean(g_uniform, ~correct),
+      "length/mean": jnp.mean(verdict.length),
+      "length/unfinished": jnp.mean(~rollout.finished),
     }
     return reward, bonus, advantage, metrics
 
@@ -143,34 +159,39 @@ def make_reward_step(experiment: experiment_lib.Experiment):
 
 
 def grpo_loss(
-    params: Any, batch: Experience, *, model, grid, banned, loss: dict
+  params: Any, batch: Experience, *, model, grid, banned, loss: dict
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped policy loss plus k3 KL to the reference (METHOD: 1.2)."""
   num_slots = batch.view.frame.shape[1]
   encoded = policy.encode_frames(
-      model, params, batch.pixel[:, :num_slots], grid=grid
+    model, params, batch.pixel[:, :num_slots], grid=grid
   )
   logprob, entropy = policy.completion_logprobs(
-      model, params, batch.view, encoded, batch.rollout, banned
+    model, params, batch.view, encoded, batch.rollout, banned
   )
   value, metrics = grpo.policy_loss(
-      logprob, batch.rollout.logprob, batch.ref_logprob, batch.advantage,
-      batch.rollout.mask, batch.group_mask, **loss,
+    logprob,
+    batch.rollout.logprob,
+    batch.ref_logprob,
+    batch.advantage,
+    batch.rollout.mask,
+    batch.group_mask,
+    **loss,
   )
   metrics = metrics | {
-      "loss": value,
-      "entropy": masked.masked_mean(entropy, batch.rollout.mask),
-      "mismatch": jnp.max(jnp.where(
-          batch.rollout.mask, jnp.abs(logprob - batch.rollout.logprob), 0
-      )),
+    "loss": value,
+    "entropy": masked.masked_mean(entropy, batch.rollout.mask),
+    "mismatch": jnp.max(
+      jnp.where(batch.rollout.mask, jnp.abs(logprob - batch.rollout.logprob), 0)
+    ),
   }
   return value, metrics
 
 
 def make_update_step(
-    experiment: experiment_lib.Experiment,
-    optimizer: optax.GradientTransformation,
-    state_shardings: TrainState,
+  experiment: experiment_lib.Experiment,
+  optimizer: optax.GradientTransformation,
+  state_shardings: TrainState,
 ):
   """The jitted update: state (donated), Experience -> state, metrics."""
   banned = jnp.asarray(experiment.banned)
@@ -178,15 +199,20 @@ def make_update_step(
 
   def update_step(state: TrainState, batch: Experience):
     (_, metrics), grad = jax.value_and_grad(grpo_loss, has_aux=True)(
-        state.params, batch, model=experiment.model, grid=experiment.grid,
-        banned=banned, loss=loss_settings,
+      state.params,
+      batch,
+      model=experiment.model,
+      grid=experiment.grid,
+      banned=banned,
+      loss=loss_settings,
     )
     return sft.apply_gradient(state, grad, metrics, optimizer)
 
   return jax.jit(
-      update_step, donate_argnums=0,
-      in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
-      out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
+    update_step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
+    out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
   )
 
 
@@ -194,10 +220,10 @@ def make_update_step(
 
 
 def reinforce(
-    experiment: experiment_lib.Experiment,
-    start_params: Any,
-    writer: telemetry.MetricWriter,
-    store: checkpoint.Checkpoints,
+  experiment: experiment_lib.Experiment,
+  start_params: Any,
+  writer: telemetry.MetricWriter,
+  store: checkpoint.Checkpoints,
 ) -> TrainState:
   """KF-GRPO: rollouts, verdicts, contrasts, advantages, one update a batch.
 
@@ -210,7 +236,7 @@ def reinforce(
   """
   config = experiment.config.rl
   state, shardings, optimizer = experiment_lib.make_state(
-      experiment, config.optim, start_params
+    experiment, config.optim, start_params
   )
   first, loader_state = 0, None
   if store.latest_step() is not None:
@@ -225,85 +251,123 @@ def reinforce(
   reward_step = make_reward_step(experiment)
   update_step = make_update_step(experiment, optimizer, shardings)
   sample_rng = jax.random.fold_in(
-      jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.rng))), 1
+    jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.rng))), 1
   )
   timer = telemetry.PhaseTimer()
 
   with (
-      experiment_lib.Stream(
-          experiment, "train", RL_ARMS, batch_size=config.prompts_per_step,
-          first=first, loader_state=loader_state,
-      ) as stream,
-      telemetry.CompileCounter() as compiles,
-      telemetry.progress(
-          "KF-GRPO", config.steps, start=first, unit="update"
-      ) as bar,
+    experiment_lib.Stream(
+      experiment,
+      "train",
+      RL_ARMS,
+      batch_size=config.prompts_per_step,
+      first=first,
+      loader_state=loader_state,
+    ) as stream,
+    telemetry.CompileCounter() as compiles,
+    telemetry.progress(
+      "KF-GRPO", config.steps, start=first, unit="update"
+    ) as bar,
   ):
     for step in range(first + 1, config.steps + 1):
       with timer("data"):
         prepared, loader_state = next(stream)
         pixel = experiment.put(prepared.pixel)
         view = experiment.put(prepared.view)
-        seed = experiment.put(np.asarray(sampling.row_seeds(
-            jax.random.fold_in(sample_rng, step), prepared.batch.sample_index
-        )))
+        seed = experiment.put(
+          np.asarray(
+            sampling.row_seeds(
+              jax.random.fold_in(sample_rng, step), prepared.batch.sample_index
+            )
+          )
+        )
 
       with timer("rollout"):
         rollout, encoded = jax.block_until_ready(
-            rollout_step(state.params, view["keyframes"], pixel, seed)
+          rollout_step(state.params, view["keyframes"], pixel, seed)
         )
         timer.count("rollout", int(jnp.sum(rollout.mask)))
 
       with timer("score"):
-        shuffled, uniform, reference = jax.block_until_ready(score_step(
-            state.params, start_params, view, pixel, encoded, rollout
-        ))
+        shuffled, uniform, reference = jax.block_until_ready(
+          score_step(state.params, start_params, view, pixel, encoded, rollout)
+        )
 
       with timer("judge"):
         num_slots = view["keyframes"].frame.shape[1]
         token, mask = jax.device_get((rollout.token, rollout.mask))
         samples = prepared.batch.samples
         frame_time_s = prepared.frame_time_s[:, :num_slots]
-        verdict = Verdict(**answers.judge(
-            experiment.tokenizer, samples, token, mask,
+        verdict = Verdict(
+          **answers.judge(
+            experiment.tokenizer,
+            samples,
+            token,
+            mask,
             frame_time_s=frame_time_s,
-        )._asdict())
+          )._asdict()
+        )
         evidence = answers.evidence_keyframes(samples, frame_time_s)
         reward, bonus, advantage, metrics = reward_step(
-            experiment.put(verdict), experiment.put(evidence), rollout,
-            shuffled, uniform, experiment.put(prepared.can_shuffle),
+          experiment.put(verdict),
+          experiment.put(evidence),
+          rollout,
+          shuffled,
+          uniform,
+          experiment.put(prepared.can_shuffle),
         )
 
       with timer("update"):
-        state, update_metrics = update_step(state, Experience(
-            view=view["keyframes"], pixel=pixel, rollout=rollout,
-            advantage=advantage, ref_logprob=reference,
+        state, update_metrics = update_step(
+          state,
+          Experience(
+            view=view["keyframes"],
+            pixel=pixel,
+            rollout=rollout,
+            advantage=advantage,
+            ref_logprob=reference,
             group_mask=jnp.ones(advantage.shape[0], dtype=bool),
-        ))
+          ),
+        )
         metrics = jax.device_get(metrics | update_metrics)
       if metrics["nonfinite"]:
         raise FloatingPointError(
-            f"KF-GRPO: non-finite gradient at update {step}; lower"
-            " config.rl.optim.learning_rate"
+          f"KF-GRPO: non-finite gradient at update {step}; lower"
+          " config.rl.optim.learning_rate"
         )
       timer.step()
       bar.advance(
-          reward=float(metrics["reward/mean"]),
-          accuracy=float(metrics["reward/accuracy"]),
+        reward=float(metrics["reward/mean"]),
+        accuracy=float(metrics["reward/accuracy"]),
       )
       if step == first + 1:
         compiles.mark_warm()
       if step % config.log_every == 0 or step == config.steps:
         for task, score in task_accuracy(verdict, prepared).items():
           metrics[f"accuracy/{task}"] = score
-        writer.write(step, "rl", metrics | timer.collect() | {
+        writer.write(
+          step,
+          "rl",
+          metrics
+          | timer.collect()
+          | {
             "data/skipped_total": stream.skipped,
             "recompiles": compiles.recompiles,
-        })
-        writer.write_rollouts(step, "rl", rollout_records(
-            experiment, prepared, token, mask, verdict,
-            jax.device_get((reward, bonus, advantage)), num_slots,
-        ))
+          },
+        )
+        writer.write_rollouts(
+          step,
+          "rl",
+          rollout_records(
+            experiment,
+            prepared,
+            token,
+            mask,
+            verdict,
+            jax.device_get((reward, bonus, advantage)),
+            num_slots,
+          ),
+        )
       if step % config.checkpoint_every == 0 or step == config.steps:
         writer.flush()
         store.save(step, state, {"loader": loader_state})
@@ -312,44 +376,49 @@ def reinforce(
 
 
 def task_accuracy(
-    verdict: Verdict, prepared: views.Prepared
+  verdict: Verdict, prepared: views.Prepared
 ) -> dict[str, float]:
   """Share of right rollouts of each task in a batch."""
   tasks = np.asarray([sample.task for sample in prepared.batch.samples])
   right = verdict.component["accuracy"]
   return {
-      task: float(np.mean(right[tasks == task])) for task in np.unique(tasks)
+    task: float(np.mean(right[tasks == task])) for task in np.unique(tasks)
   }
 
 
 def rollout_records(
-    experiment, prepared, token, mask, verdict, scored, num_slots
+  experiment, prepared, token, mask, verdict, scored, num_slots
 ) -> list[dict]:
   """One row of rollouts.jsonl for each completion of the first video."""
   reward, bonus, advantage = scored
   sample = prepared.batch.samples[0]
   texts = experiment_lib.decode_rollout(
-      experiment.tokenizer, token[:1], mask[:1]
+    experiment.tokenizer, token[:1], mask[:1]
   )[0]
   seconds = prepared.frame_time_s[0, :num_slots]
   return [
-      {
-          "sample_id": sample.id,
-          "task": sample.task,
-          "prompt": "\n".join([sample.question, *(
-              f"{chr(65 + i)}. {option}"
-              for i, option in enumerate(sample.options)
-          )]),
-          "answer": sample.answer,
-          "completion": text,
-          "rewards": {
-              name: float(value[0, g])
-              for name, value in verdict.component.items()
-          } | {"bonus": float(bonus[0, g]), "total": float(reward[0, g])},
-          "advantage": float(advantage[0, g]),
-          "keyframe_s": [round(float(t), 3) for t in seconds if t == t],
+    {
+      "sample_id": sample.id,
+      "task": sample.task,
+      "prompt": "\n".join(
+        [
+          sample.question,
+          *(
+            f"{chr(65 + i)}. {option}"
+            for i, option in enumerate(sample.options)
+          ),
+        ]
+      ),
+      "answer": sample.answer,
+      "completion": text,
+      "rewards": {
+        name: float(value[0, g]) for name, value in verdict.component.items()
       }
-      for g, text in enumerate(texts)
+      | {"bonus": float(bonus[0, g]), "total": float(reward[0, g])},
+      "advantage": float(advantage[0, g]),
+      "keyframe_s": [round(float(t), 3) for t in seconds if t == t],
+    }
+    for g, text in enumerate(texts)
   ]
 
 
@@ -364,42 +433,48 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   check_same_config(config, workdir)
   if (workdir / "report.html").exists() and results_path.exists():
     logging.info(
-        "this run is complete; its report is %s", workdir / "report.html"
+      "this run is complete; its report is %s", workdir / "report.html"
     )
     return
 
   # -- data, tokenizer, policy
   experiment = experiment_lib.build(config, workdir)
   telemetry.write_manifest(
-      workdir, config=config, seed=config.seed,
-      data_hash=experiment.data_hash,
+    workdir,
+    config=config,
+    seed=config.seed,
+    data_hash=experiment.data_hash,
   )
   stores = {
-      stage: checkpoint.Checkpoints(
-          workdir / "checkpoints" / stage, keep=config.checkpoint.keep
-      )
-      for stage in ("sft", "rl")
+    stage: checkpoint.Checkpoints(
+      workdir / "checkpoints" / stage, keep=config.checkpoint.keep
+    )
+    for stage in ("sft", "rl")
   }
   resume = {
-      stage: store.latest_step()
-      for stage, store in stores.items() if store.latest_step() is not None
+    stage: store.latest_step()
+    for stage, store in stores.items()
+    if store.latest_step() is not None
   }
   if resume:
     logging.info("continuing from checkpoints %s", resume)
   writer = telemetry.MetricWriter(
-      workdir, resume=resume, active=jax.process_index() == 0
+    workdir, resume=resume, active=jax.process_index() == 0
   )
   telemetry.startup_table(
-      config.name, experiment_lib.summary(experiment, writer)
+    config.name, experiment_lib.summary(experiment, writer)
   )
+
+  # A set with shortcuts, or with too few videos to tell, shows before training.
+  probes = evaluate.probes(experiment, config.report.probe_videos)
 
   # -- cold start, then KF-GRPO
   limits = {
-      "batch_size": config.evaluation.batch_size,
-      "max_tokens": config.sampling.max_tokens,
+    "batch_size": config.evaluation.batch_size,
+    "max_tokens": config.sampling.max_tokens,
   }
   dev = evaluate.Evaluator(
-      experiment, experiment.samples["dev"], ("keyframes",), **limits
+    experiment, experiment.samples["dev"], ("keyframes",), **limits
   )
   sft_params = sft.cold_start(experiment, dev, writer, stores["sft"]).params
   rl_params = reinforce(experiment, sft_params, writer, stores["rl"]).params
@@ -407,27 +482,26 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   # -- evaluation before and after, on videos that no stage has seen
   test = evaluate.Evaluator(
-      experiment, experiment.samples["test"], config.evaluation.arms, **limits
+    experiment, experiment.samples["test"], config.evaluation.arms, **limits
   )
   judged = {
-      "sft": test.run(sft_params), "rl": test.run(rl_params),
+    "sft": test.run(sft_params),
+    "rl": test.run(rl_params),
   }
   rows = [
-      row for stage, found in judged.items() for row in test.rows(found, stage)
+    row for stage, found in judged.items() for row in test.rows(found, stage)
   ]
   results = {
-      "chance": evaluate.chance(experiment.samples["test"]),
-      "evaluations": rows,
-      "probes": evaluate.probes(experiment, config.report.probe_videos),
-      "goals": goals(rows, evaluate.chance(experiment.samples["test"])),
-      "timing": {"this_start_s": round(time.monotonic() - begin, 1)},
+    "chance": evaluate.chance(experiment.samples["test"]),
+    "evaluations": rows,
+    "probes": probes,
+    "goals": goals(rows, evaluate.chance(experiment.samples["test"])),
+    "timing": {"this_start_s": round(time.monotonic() - begin, 1)},
   }
   test.write_predictions(judged, workdir / "predictions.jsonl")
   test.write_film_strips(workdir, config.report.num_film_strips)
   telemetry.write_json(results_path, results)
-  path = report.write_report(
-      workdir, num_rollouts=config.report.num_rollouts
-  )
+  path = report.write_report(workdir, num_rollouts=config.report.num_rollouts)
   for store in stores.values():
     store.close()
 
@@ -435,13 +509,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   found = {(row["stage"], row["view"], row["task"]): row for row in rows}
   tasks = [*sorted({s.task for s in experiment.samples["test"]}), "all"]
   telemetry.closing_table(
-      "held-out accuracy", ["stage and view", *tasks],
+    "held-out accuracy",
+    ["stage and view", *tasks],
+    [
       [
-          [f"{stage}  {arm}", *(
-              found[stage, arm, task]["accuracy"] for task in tasks
-          )]
-          for stage in judged for arm in config.evaluation.arms
-      ],
+        f"{stage}  {arm}",
+        *(found[stage, arm, task]["accuracy"] for task in tasks),
+      ]
+      for stage in judged
+      for arm in config.evaluation.arms
+    ],
   )
   logging.info("report: %s", path)
 
@@ -449,29 +526,39 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def goals(rows: Sequence[dict], chance: dict[str, float]) -> list[dict]:
   """The three things a run is meant to show, in points of accuracy."""
   at = {
-      (row["stage"], row["view"], row["task"]): row["accuracy"] for row in rows
+    (row["stage"], row["view"], row["task"]): row["accuracy"] for row in rows
   }
 
   def gap(name, goal, high, low):
     if high not in at or low not in at:
       return []
     value = 100 * (at[high] - at[low])
-    return [{
-        "name": name, "value": value, "goal": goal, "met": value >= goal
-    }]
+    return [{"name": name, "value": value, "goal": goal, "met": value >= goal}]
 
   return [
-      *gap("KF-GRPO over the cold start (all tasks)", 10.0,
-           ("rl", "keyframes", "all"), ("sft", "keyframes", "all")),
-      *gap("needle: TAD over uniform frames", 15.0,
-           ("rl", "keyframes", "needle"), ("rl", "uniform", "needle")),
-      *gap("order: ordered over shuffled keyframes", 15.0,
-           ("rl", "keyframes", "order"), ("rl", "shuffled", "order")),
+    *gap(
+      "KF-GRPO over the cold start (all tasks)",
+      10.0,
+      ("rl", "keyframes", "all"),
+      ("sft", "keyframes", "all"),
+    ),
+    *gap(
+      "needle: TAD over uniform frames",
+      15.0,
+      ("rl", "keyframes", "needle"),
+      ("rl", "uniform", "needle"),
+    ),
+    *gap(
+      "order: ordered over shuffled keyframes",
+      15.0,
+      ("rl", "keyframes", "order"),
+      ("rl", "shuffled", "order"),
+    ),
   ]
 
 
 def check_same_config(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> None:
   """A workdir belongs to one config.
 
@@ -483,23 +570,23 @@ def check_same_config(
   there = telemetry.read_manifest(workdir)["config"]
   here = telemetry.to_jsonable(config.to_dict())
   differ = [
-      f"{key} (there {json.dumps(old)}, now {json.dumps(new)})"
-      for key, old, new in _differences(there, here)
+    f"{key} (there {json.dumps(old)}, now {json.dumps(new)})"
+    for key, old, new in _differences(there, here)
   ]
   if differ:
     raise ValueError(
-        f"{workdir} holds a run of another config: {'; '.join(differ[:5])};"
-        " give another --workdir or the same settings"
+      f"{workdir} holds a run of another config: {'; '.join(differ[:5])};"
+      " give another --workdir or the same settings"
     )
 
 
 def _differences(
-    there: Any, here: Any, prefix: str = ""
+  there: Any, here: Any, prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
   if isinstance(there, dict) and isinstance(here, dict):
     for key in sorted(set(there) | set(here)):
       yield from _differences(
-          there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key
+        there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key
       )
   elif there != here:
     yield prefix, there, here

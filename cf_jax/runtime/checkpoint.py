@@ -25,10 +25,10 @@ class Checkpoints:
   def __init__(self, directory: pathlib.Path, *, keep: int):
     self.directory = pathlib.Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
-        ),
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=True
+      ),
     )
 
   def latest_step(self) -> int | None:
@@ -46,14 +46,14 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-        ),
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+      ),
     )
 
   def restore(
-      self, template: TrainState, step: int | None = None
+    self, template: TrainState, step: int | None = None
   ) -> tuple[TrainState, dict]:
     """Reads a checkpoint into the shardings of `template`.
 
@@ -70,22 +70,22 @@ class Checkpoints:
     step = self.latest_step() if step is None else step
     if step is None:
       raise ValueError(
-          f"no checkpoint in {self.directory}; train first or change --workdir"
+        f"no checkpoint in {self.directory}; train first or change --workdir"
       )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     try:
       restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(abstract),
-              host=ocp.args.JsonRestore(),
-          ),
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract),
+          host=ocp.args.JsonRestore(),
+        ),
       )
     except ValueError as error:
       raise ValueError(
-          f"checkpoint {step} in {self.directory} does not fit: it holds other"
-          " shapes or parameters than this config's model and optimizer; give"
-          f" the config it was saved under, or another --workdir ({error})"
+        f"checkpoint {step} in {self.directory} does not fit: it holds other"
+        " shapes or parameters than this config's model and optimizer; give"
+        f" the config it was saved under, or another --workdir ({error})"
       ) from error
     return restored["state"], restored["host"]
 

@@ -22,17 +22,17 @@ BATCH = P(("data", "fsdp"))
 
 # Regex on the parameter path -> spec; layer stacks have L first, never split.
 PARTITION_RULES = (
-    (r"(embed|head)/embedding$", P("tensor", "fsdp")),  # [V, D]
-    (r"/layers/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
-    (r"/layers/(query|key|value)/bias$", P(None, "tensor")),
-    (r"/layers/out/kernel$", P(None, "tensor", None, "fsdp")),  # [L, N, H, D]
-    (r"/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
-    (r"/mlp/(gate|up)/bias$", P(None, "tensor")),
-    (r"/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
-    (r"merger/up/kernel$", P("fsdp", "tensor")),
-    (r"merger/down/kernel$", P("tensor", "fsdp")),
-    (r"patch_embed/proj/kernel$", P(None, "fsdp")),
-    (r"(scale|bias)$", P()),
+  (r"(embed|head)/embedding$", P("tensor", "fsdp")),  # [V, D]
+  (r"/layers/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
+  (r"/layers/(query|key|value)/bias$", P(None, "tensor")),
+  (r"/layers/out/kernel$", P(None, "tensor", None, "fsdp")),  # [L, N, H, D]
+  (r"/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
+  (r"/mlp/(gate|up)/bias$", P(None, "tensor")),
+  (r"/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
+  (r"merger/up/kernel$", P("fsdp", "tensor")),
+  (r"merger/down/kernel$", P("tensor", "fsdp")),
+  (r"patch_embed/proj/kernel$", P(None, "fsdp")),
+  (r"(scale|bias)$", P()),
 )
 # What a TrainState holds beside parameters and their moments.
 STATE_RULES = (*PARTITION_RULES, (r"(^|/)(rng|step|count)$", P()))
@@ -51,11 +51,11 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
   sizes = (data, fsdp, tensor, context)
   if math.prod(sizes) != count or min(sizes) < 1:
     raise ValueError(
-        f"mesh {dict(zip(AXES, sizes, strict=True))} needs"
-        f" {math.prod(sizes)} devices, got {count}; change config.mesh"
+      f"mesh {dict(zip(AXES, sizes, strict=True))} needs"
+      f" {math.prod(sizes)} devices, got {count}; change config.mesh"
     )
   return jax.make_mesh(
-      sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
   )
 
 
@@ -71,8 +71,8 @@ def spec_for(path: str, shape: tuple[int, ...], rules: tuple) -> P:
     if re.search(pattern, path):
       return spec
   raise ValueError(
-      f"no partition rule matches parameter {path!r} of shape {shape}; add a"
-      " row to PARTITION_RULES in cf_jax/runtime/sharding.py"
+    f"no partition rule matches parameter {path!r} of shape {shape}; add a"
+    " row to PARTITION_RULES in cf_jax/runtime/sharding.py"
   )
 
 
@@ -117,8 +117,8 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
     rows = leaf.shape[0] * jax.process_count()
     if rows % parts:
       raise ValueError(
-          f"a batch of {rows} does not divide over data x fsdp = {parts}"
-          " devices; change the batch size or config.mesh"
+        f"a batch of {rows} does not divide over data x fsdp = {parts}"
+        " devices; change the batch size or config.mesh"
       )
     return jax.make_array_from_process_local_data(target, leaf)
 

@@ -15,8 +15,13 @@ OPTIONS = ("red", "blue", "green")
 
 def sample(**fields):
   made = dict(
-      id="s", kind="multiple_choice", options=OPTIONS, answer="B",
-      start_s=None, end_s=None, evidence=(),
+    id="s",
+    kind="multiple_choice",
+    options=OPTIONS,
+    answer="B",
+    start_s=None,
+    end_s=None,
+    evidence=(),
   )
   return types.SimpleNamespace(**(made | fields))
 
@@ -29,12 +34,12 @@ def complete(answer, reasoning="red blue"):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "<think>a</think><answer>B</answer>",
-        "<think>a\nb</think>\n \t<answer>\nB </answer>",
-        "<think></think><answer>B</answer>",
-    ],
+  "text",
+  [
+    "<think>a</think><answer>B</answer>",
+    "<think>a\nb</think>\n \t<answer>\nB </answer>",
+    "<think></think><answer>B</answer>",
+  ],
 )
 def test_well_formed(text):
   made = answers.parse_completion(text)
@@ -43,31 +48,31 @@ def test_well_formed(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<answer>B</answer>", "B"),  # readable, but not the whole form
-        ("x <think>a</think><answer>B</answer>", "B"),
-        ("<think>a</think> so <answer>B</answer>", "B"),
-        ("<think>a</think><answer>B</answer> ", "B"),
-        ("<think>a</think><answer>B</answer>\n", "B"),
-        ("<think>a<think>b</think><answer>B</answer>", "B"),
-        ("<think>a</think></think><answer>B</answer>", "B"),
-        ("", None),
-        ("B", None),
-        ("<think>a</think><answer>B", None),  # no closing tag
-        ("<think>a</think>B</answer>", None),
-        ("<think>a</think></answer>B<answer>", None),
-        ("<think>a</think><answer>A</answer><answer>B</answer>", None),
-        ("<think>a</think><answer><answer>B</answer></answer>", None),
-        ("<think>a</think><answer>A<answer>B</answer>", None),
-        ("<think><answer>B</answer></think>", None),
-        ("<answer>B</answer><think>a</think>", None),
-        ("<answer><think>a</think>B</answer>", None),
-        ("<think>a</think><ANSWER>B</ANSWER>", None),
-        ("<think>a</think><answer >B</answer>", None),
-        ("<think>a</think>＜answer＞B＜/answer＞", None),  # full width
-        ("<think>a</think><аnswer>B</аnswer>", None),  # Cyrillic a
-    ],
+  ("text", "answer"),
+  [
+    ("<answer>B</answer>", "B"),  # readable, but not the whole form
+    ("x <think>a</think><answer>B</answer>", "B"),
+    ("<think>a</think> so <answer>B</answer>", "B"),
+    ("<think>a</think><answer>B</answer> ", "B"),
+    ("<think>a</think><answer>B</answer>\n", "B"),
+    ("<think>a<think>b</think><answer>B</answer>", "B"),
+    ("<think>a</think></think><answer>B</answer>", "B"),
+    ("", None),
+    ("B", None),
+    ("<think>a</think><answer>B", None),  # no closing tag
+    ("<think>a</think>B</answer>", None),
+    ("<think>a</think></answer>B<answer>", None),
+    ("<think>a</think><answer>A</answer><answer>B</answer>", None),
+    ("<think>a</think><answer><answer>B</answer></answer>", None),
+    ("<think>a</think><answer>A<answer>B</answer>", None),
+    ("<think><answer>B</answer></think>", None),
+    ("<answer>B</answer><think>a</think>", None),
+    ("<answer><think>a</think>B</answer>", None),
+    ("<think>a</think><ANSWER>B</ANSWER>", None),
+    ("<think>a</think><answer >B</answer>", None),
+    ("<think>a</think>＜answer＞B＜/answer＞", None),  # full width
+    ("<think>a</think><аnswer>B</аnswer>", None),  # Cyrillic a
+  ],
 )
 def test_ill_formed(text, answer):
   made = answers.parse_completion(text)
@@ -86,24 +91,76 @@ def test_reasoning_needs_exactly_one_pair():
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["B", " B\n", "B.", "B:", "B)", "(B)", "(B).", "B. blue", "(B) Blue.",
-     "B blue", "B.\n blue", "blue", " blue\n"],
+  "answer",
+  [
+    "B",
+    " B\n",
+    "B.",
+    "B:",
+    "B)",
+    "(B)",
+    "(B).",
+    "B. blue",
+    "(B) Blue.",
+    "B blue",
+    "B.\n blue",
+    "blue",
+    " blue\n",
+  ],
 )
 def test_one_option(answer):
   assert answers.read_choice(answer, OPTIONS) == 1
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["", " ", "A or B", "A, B", "AB", "A B", "A/B", "A and B", "B or not",
-     "B. red", "B. blue or red", "B.blue", "b", "Blue", "blue.", "bl", "blue red", "D", "Z", "(B", "((B))",
-     "[B]", "not B", "B B", "B. B", "B..", "answer: B", "*B*", "1", "2",
-     "В",  # Cyrillic Ve
-     "Β",  # Greek Beta
-     "Ｂ",  # full width
-     "B\u200b", "\u202eB", "B\u0301", "B\x00", "option B", "B" * 10_000,
-     "B." * 5_000, " " * 10_000, "(" * 10_000, "nan", "A\nB", "B; C"],
+  "answer",
+  [
+    "",
+    " ",
+    "A or B",
+    "A, B",
+    "AB",
+    "A B",
+    "A/B",
+    "A and B",
+    "B or not",
+    "B. red",
+    "B. blue or red",
+    "B.blue",
+    "b",
+    "Blue",
+    "blue.",
+    "bl",
+    "blue red",
+    "D",
+    "Z",
+    "(B",
+    "((B))",
+    "[B]",
+    "not B",
+    "B B",
+    "B. B",
+    "B..",
+    "answer: B",
+    "*B*",
+    "1",
+    "2",
+    "В",  # Cyrillic Ve
+    "Β",  # Greek Beta
+    "Ｂ",  # full width
+    "B\u200b",
+    "\u202eB",
+    "B\u0301",
+    "B\x00",
+    "option B",
+    "B" * 10_000,
+    "B." * 5_000,
+    " " * 10_000,
+    "(" * 10_000,
+    "nan",
+    "A\nB",
+    "B; C",
+  ],
 )
 def test_not_one_option(answer):
   assert answers.read_choice(answer, OPTIONS) is None
@@ -154,19 +211,49 @@ def test_the_samples_fault_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("answer", "number"),
-    [("3", 3.0), (" -2.50 ", -2.5), ("+1", 1.0), ("1,234.5", 1234.5),
-     ("007", 7.0)],
+  ("answer", "number"),
+  [
+    ("3", 3.0),
+    (" -2.50 ", -2.5),
+    ("+1", 1.0),
+    ("1,234.5", 1234.5),
+    ("007", 7.0),
+  ],
 )
 def test_number(answer, number):
   assert answers.read_number(answer) == number
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["", "nan", "NaN", "inf", "-inf", "Infinity", "1e400", "1e3", "0x10", "1_0",
-     "٣", "３", "²", "1.2.3", "1 2", "1 or 2", "1,23", ".", "-", "9" * 10_000,
-     "0" * 10_000 + ".", "1." + "0" * 10_000, ",", "--1", "5%", "three"],
+  "answer",
+  [
+    "",
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "Infinity",
+    "1e400",
+    "1e3",
+    "0x10",
+    "1_0",
+    "٣",
+    "３",
+    "²",
+    "1.2.3",
+    "1 2",
+    "1 or 2",
+    "1,23",
+    ".",
+    "-",
+    "9" * 10_000,
+    "0" * 10_000 + ".",
+    "1." + "0" * 10_000,
+    ",",
+    "--1",
+    "5%",
+    "three",
+  ],
 )
 def test_not_a_number(answer):
   assert answers.read_number(answer) is None
@@ -185,19 +272,40 @@ def test_accuracy_of_numbers():
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["1.5 to 4", "1.5s to 4.0s", "[1.5, 4]", "1.5 - 4", "1.5-4",
-     "1.5 and 4.0 seconds", " 1.5 sec to  4 s"],
+  "answer",
+  [
+    "1.5 to 4",
+    "1.5s to 4.0s",
+    "[1.5, 4]",
+    "1.5 - 4",
+    "1.5-4",
+    "1.5 and 4.0 seconds",
+    " 1.5 sec to  4 s",
+  ],
 )
 def test_interval(answer):
   assert answers.read_interval(answer) == (1.5, 4.0)
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["", "4 to 1.5", "2 to 2", "1 to 2 to 3", "1 to 2 or 3 to 4", "nan to 1",
-     "-1 to 2", "1", "[1, 2", "1, 2]", "[[1, 2]]", "1 to inf", "1e1 to 20",
-     "1" * 10_000 + " to 2", "1 " * 10_000],
+  "answer",
+  [
+    "",
+    "4 to 1.5",
+    "2 to 2",
+    "1 to 2 to 3",
+    "1 to 2 or 3 to 4",
+    "nan to 1",
+    "-1 to 2",
+    "1",
+    "[1, 2",
+    "1, 2]",
+    "[[1, 2]]",
+    "1 to inf",
+    "1e1 to 20",
+    "1" * 10_000 + " to 2",
+    "1 " * 10_000,
+  ],
 )
 def test_not_an_interval(answer):
   assert answers.read_interval(answer) is None
@@ -225,8 +333,8 @@ def test_free_form():
 
 def test_cited_times():
   assert answers.cited_times(
-      "At 1.5s red, at 2 s blue; 3 seconds later, 4sec. Not 5, 6m, 7sx, 1.2.3s,"
-      " x12345678s, ٣s"
+    "At 1.5s red, at 2 s blue; 3 seconds later, 4sec. Not 5, 6m, 7sx, 1.2.3s,"
+    " x12345678s, ٣s"
   ) == (1.5, 2.0, 3.0, 4.0)
 
 
@@ -246,8 +354,8 @@ def test_a_time_cites_at_most_the_nearest_keyframe():
 
 def test_evidence_keyframes():
   made = answers.evidence_keyframes(
-      [sample(evidence=((1.0, 2.0), (5.0, 5.5))), sample()],
-      np.array([[0.9, 1.0, 2.1, 5.2], [1.0, 2.0, np.nan, np.nan]]),
+    [sample(evidence=((1.0, 2.0), (5.0, 5.5))), sample()],
+    np.array([[0.9, 1.0, 2.1, 5.2], [1.0, 2.0, np.nan, np.nan]]),
   )
   assert made.tolist() == [[False, True, False, True], [False] * 4]
 
@@ -273,32 +381,35 @@ def batch_of(tokenizer, texts, width=40):
 
 def test_judge(tokenizer):
   texts = [
-      complete("B", "1.0s red 2.5s blue"),
-      complete(" (B) blue\n"),
-      complete("A"),
-      complete("A or B"),
-      "<answer>B</answer>",
-      "red blue",
-      "",
+    complete("B", "1.0s red 2.5s blue"),
+    complete(" (B) blue\n"),
+    complete("A"),
+    complete("A or B"),
+    "<answer>B</answer>",
+    "red blue",
+    "",
   ]
   token, mask = batch_of(tokenizer, texts)
   made = answers.judge(
-      tokenizer, [sample()], token, mask,
-      frame_time_s=np.array([[1.0, 2.5, np.nan]]),
+    tokenizer,
+    [sample()],
+    token,
+    mask,
+    frame_time_s=np.array([[1.0, 2.5, np.nan]]),
   )
   np.testing.assert_array_equal(
-      made.component["accuracy"], [[1, 1, 0, 0, 1, 0, 0]]
+    made.component["accuracy"], [[1, 1, 0, 0, 1, 0, 0]]
   )
   np.testing.assert_array_equal(
-      made.component["format"], [[1, 1, 1, 1, 0, 0, 0]]
+    made.component["format"], [[1, 1, 1, 1, 0, 0, 0]]
   )
   np.testing.assert_array_equal(made.length, mask.sum(-1))
   assert made.length.dtype == np.int32
   np.testing.assert_array_equal(made.cited[0, 0], [True, True, False])
   assert not made.cited[0, 1:].any()
   shown = [
-      tokenizer.decode(ids[span])
-      for ids, span in zip(token[0], made.answer_span[0], strict=True)
+    tokenizer.decode(ids[span])
+    for ids, span in zip(token[0], made.answer_span[0], strict=True)
   ]
   assert shown == ["B", "(B) blue", "A", "A or B", "B", "", ""]
   assert not (made.answer_span & ~mask).any()
@@ -319,27 +430,42 @@ def test_special_tokens_in_a_completion_are_text(tokenizer):
   token, mask = batch_of(tokenizer, [complete("B")])
   token[0, 0, 2] = tokenizer.special["<|image_pad|>"]
   made = answers.judge(
-      tokenizer, [sample()], token, mask, frame_time_s=np.zeros((1, 1))
+    tokenizer, [sample()], token, mask, frame_time_s=np.zeros((1, 1))
   )
   assert made.component["format"][0, 0] == 1
   token[0, 0, 5] = tokenizer.special["<|image_pad|>"]  # over the answer tag
   made = answers.judge(
-      tokenizer, [sample()], token, mask, frame_time_s=np.zeros((1, 1))
+    tokenizer, [sample()], token, mask, frame_time_s=np.zeros((1, 1))
   )
   assert made.component["accuracy"][0, 0] == 0
 
 
 # -- any string at all
 
-TAGS = strategies.sampled_from([
-    "<think>", "</think>", "<answer>", "</answer>", "A", "B", " or ", ".", "(",
-    ")", "1.5s", "nan", "\n", "<", "А", "\ud800", "\x00",
-])
+TAGS = strategies.sampled_from(
+  [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "A",
+    "B",
+    " or ",
+    ".",
+    "(",
+    ")",
+    "1.5s",
+    "nan",
+    "\n",
+    "<",
+    "А",
+    "\ud800",
+    "\x00",
+  ]
+)
 ANY = strategies.one_of(
-    strategies.text(
-        strategies.characters(exclude_categories=()), max_size=60
-    ),
-    strategies.lists(TAGS, max_size=14).map("".join),
+  strategies.text(strategies.characters(exclude_categories=()), max_size=60),
+  strategies.lists(TAGS, max_size=14).map("".join),
 )
 
 
@@ -359,9 +485,24 @@ def test_never_raises_and_never_rewards_two_answers(text):
 
 
 @pytest.mark.parametrize(
-    "unit",
-    ["<think>", "<answer>", "</answer>", "<answer>B", "<", "A or ", " ", "1",
-     "1.", "1,", "1 to ", "(", "B.", "1s", "\u0301"],
+  "unit",
+  [
+    "<think>",
+    "<answer>",
+    "</answer>",
+    "<answer>B",
+    "<",
+    "A or ",
+    " ",
+    "1",
+    "1.",
+    "1,",
+    "1 to ",
+    "(",
+    "B.",
+    "1s",
+    "\u0301",
+  ],
 )
 def test_linear_on_long_text(unit):
   text = unit * (200_000 // len(unit))

@@ -19,11 +19,15 @@ def _reference(slots, patch, merge):
           for column in range(merge):
             top = (block_row * merge + row) * patch
             left = (block_column * merge + column) * patch
-            rows.append([
+            rows.append(
+              [
                 slots[n, t, top + y, left + x, c]
-                for c in range(3) for t in range(temporal)
-                for y in range(patch) for x in range(patch)
-            ])
+                for c in range(3)
+                for t in range(temporal)
+                for y in range(patch)
+                for x in range(patch)
+              ]
+            )
   return np.array(rows).reshape(slices, -1, 3 * temporal * patch * patch)
 
 
@@ -64,8 +68,8 @@ def test_merge_blocks_come_first():
     frames[0, row * 14 : row * 14 + 14, column * 14 : column * 14 + 14] = patch
   found = patches.frames_to_patches(frames, mean=(0, 0, 0), std=(1, 1, 1))
   np.testing.assert_array_equal(
-      np.rint(found[0, :, 0] * 255),
-      [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15],
+    np.rint(found[0, :, 0] * 255),
+    [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15],
   )
 
 

@@ -13,22 +13,25 @@ SCAN = dict(scan_frames=8, scan_size_px=(16, 16))
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
   root = synthetic.ensure(
-      tmp_path_factory.mktemp("cache"), seed=5, num_train=10, num_dev=1,
-      num_test=1,
+    tmp_path_factory.mktemp("cache"),
+    seed=5,
+    num_train=10,
+    num_dev=1,
+    num_test=1,
   )
   return synthetic.load(root, "train")
 
 
 def _loader(samples, **settings):
   return pipeline.make_loader(
-      samples, **(SCAN | dict(batch_size=4, seed=0, num_threads=1) | settings)
+    samples, **(SCAN | dict(batch_size=4, seed=0, num_threads=1) | settings)
   )
 
 
 def _equal(left, right):
   return all(
-      np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
-      for a, b in zip(left, right)
+    np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+    for a, b in zip(left, right)
   )
 
 
@@ -41,12 +44,12 @@ def test_batches_and_epochs(samples):
     assert batch.scan_time_s.dtype == np.float32
     assert batch.frame_index.dtype == batch.sample_index.dtype == np.int32
     np.testing.assert_array_equal(
-        batch.frame_index, np.tile(np.arange(6, 96, 12), (5, 1))
+      batch.frame_index, np.tile(np.arange(6, 96, 12), (5, 1))
     )
     assert [samples[n] for n in batch.sample_index] == batch.samples
   epochs = [
-      np.concatenate([a.sample_index, b.sample_index])
-      for a, b in (batches[:2], batches[2:])
+    np.concatenate([a.sample_index, b.sample_index])
+    for a, b in (batches[:2], batches[2:])
   ]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert epochs[0].tolist() != epochs[1].tolist()
@@ -55,7 +58,9 @@ def test_batches_and_epochs(samples):
 def test_without_shuffle_one_epoch_ends_with_a_smaller_batch(samples):
   batches = list(_loader(samples, shuffle=False, num_epochs=1))
   assert [b.sample_index.tolist() for b in batches] == [
-      [0, 1, 2, 3], [4, 5, 6, 7], [8, 9],
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+    [8, 9],
   ]
 
 
@@ -67,9 +72,7 @@ def test_resume_is_exact_and_json(samples):
   expected = [next(loader) for _ in range(3)]
   resumed = _loader(samples)
   resumed.set_state(state)
-  assert all(
-      _equal(next(resumed), batch) for batch in expected
-  )
+  assert all(_equal(next(resumed), batch) for batch in expected)
 
 
 def test_state_of_other_samples_is_refused(samples):
@@ -83,7 +86,7 @@ def test_shards_are_disjoint_and_equal(samples):
   seen = []
   for shard in range(3):
     loader = _loader(
-        samples, batch_size=3, shard_index=shard, shard_count=3, num_epochs=1
+      samples, batch_size=3, shard_index=shard, shard_count=3, num_epochs=1
     )
     seen += [next(loader).sample_index.tolist()]
     with pytest.raises(StopIteration):
@@ -150,12 +153,10 @@ def test_worker_processes_give_the_same_batches(samples):
 
 def test_collate_is_what_the_loader_gives(samples):
   batch = next(_loader(samples, shuffle=False))
-  assert _equal(
-      pipeline.collate(samples[:4], np.arange(4), **SCAN), batch
-  )
+  assert _equal(pipeline.collate(samples[:4], np.arange(4), **SCAN), batch)
   with pytest.raises(video.VideoError, match="no such file"):
     pipeline.collate(
-        [records.Sample("a", "/no/such.mp4", "?", (), "")], [0], **SCAN
+      [records.Sample("a", "/no/such.mp4", "?", (), "")], [0], **SCAN
     )
 
 
@@ -165,9 +166,7 @@ def test_reader_reads_and_remembers(samples, monkeypatch):
   frames = reader.read(samples[:2], index)
   assert frames.shape == (2, 3, 28, 56, 3) and reader.size_px == (28, 56)
   for row in range(2):
-    expected, _ = video.read_frames(
-        samples[row].video, index[row], (28, 56)
-    )
+    expected, _ = video.read_frames(samples[row].video, index[row], (28, 56))
     np.testing.assert_array_equal(frames[row], expected)
 
   def refuse(*args, **kwargs):

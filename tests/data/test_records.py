@@ -7,28 +7,41 @@ import pytest
 from cf_jax.data import records
 
 GOOD = {
-    "video": "clips/a.mp4", "question": "Which colour?",
-    "options": ["red", "blue"], "answer": "B",
+  "video": "clips/a.mp4",
+  "question": "Which colour?",
+  "options": ["red", "blue"],
+  "answer": "B",
 }
 
 
 def _manifest(tmp_path, *rows):
   path = tmp_path / "my.jsonl"
-  path.write_text("\n".join(
-      row if isinstance(row, str) else json.dumps(row) for row in rows
-  ))
+  path.write_text(
+    "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+  )
   return path
 
 
 def test_reads_a_full_line(tmp_path):
   row = GOOD | {
-      "answer": "red", "start_s": 1, "end_s": 2.5, "id": 7, "task": "needle",
+    "answer": "red",
+    "start_s": 1,
+    "end_s": 2.5,
+    "id": 7,
+    "task": "needle",
   }
-  sample, = records.load_jsonl(_manifest(tmp_path, "", row, "  "))
+  (sample,) = records.load_jsonl(_manifest(tmp_path, "", row, "  "))
   assert sample == records.Sample(
-      id="7", video=str(tmp_path / "clips/a.mp4"), question="Which colour?",
-      options=("red", "blue"), answer="A", task="needle", start_s=1.0,
-      end_s=2.5, evidence=((1.0, 2.5),), source="my.jsonl",
+    id="7",
+    video=str(tmp_path / "clips/a.mp4"),
+    question="Which colour?",
+    options=("red", "blue"),
+    answer="A",
+    task="needle",
+    start_s=1.0,
+    end_s=2.5,
+    evidence=((1.0, 2.5),),
+    source="my.jsonl",
   )
 
 
@@ -43,8 +56,8 @@ def test_defaults_and_absolute_path(tmp_path):
 
 def test_open_questions(tmp_path):
   rows = [
-      {"video": "a.mp4", "question": "How many?", "answer": 3},
-      {"video": "a.mp4", "question": "What?", "answer": "a red disc"},
+    {"video": "a.mp4", "question": "How many?", "answer": 3},
+    {"video": "a.mp4", "question": "What?", "answer": "a red disc"},
   ]
   number, text = records.load_jsonl(_manifest(tmp_path, *rows))
   assert (number.kind, number.answer) == ("numerical", "3")
@@ -53,7 +66,7 @@ def test_open_questions(tmp_path):
 
 def test_numbers_as_options(tmp_path):
   row = GOOD | {"options": [1, 2, 3], "answer": 2}
-  sample, = records.load_jsonl(_manifest(tmp_path, row))
+  (sample,) = records.load_jsonl(_manifest(tmp_path, row))
   assert sample.options == ("1", "2", "3") and sample.answer == "B"
 
 
@@ -65,29 +78,29 @@ def test_letter_of_prefers_the_text_of_an_option():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"video": None}, "field 'video': got None, expected text"),
-        ({"question": " "}, "field 'question'"),
-        ({"options": "red"}, "field 'options': got 'red', expected a list"),
-        ({"options": ["red"]}, "field 'options': got 1"),
-        ({"options": ["red", "red"]}, "field 'options': got the same text"),
-        ({"options": ["red", True]}, "field 'options'"),
-        ({"answer": "C"}, "field 'answer': got 'C', expected one of"),
-        ({"answer": "b"}, "field 'answer': got 'b'"),
-        ({"answer": ""}, "field 'answer'"),
-        ({"answer": None}, "field 'answer'"),
-        ({"answer": ["A"]}, "field 'answer'"),
-        ({"start_s": 3}, "field 'end_s': missing"),
-        ({"start_s": 3, "end_s": 2}, "field 'end_s': got 2"),
-        ({"start_s": "1", "end_s": 2}, "field 'start_s': got '1'"),
-        ({"start_s": float("nan"), "end_s": 2}, "field 'start_s'"),
-        ({"start_s": -1, "end_s": 2}, "field 'start_s'"),
-        ({"kind": "free_form"}, "field 'kind'"),
-        ({"kind": "quiz"}, "field 'kind': got 'quiz'"),
-        ({"vidoe": "a"}, "field 'vidoe': unknown"),
-        ({"id": ["x"]}, "field 'id'"),
-    ],
+  ("change", "message"),
+  [
+    ({"video": None}, "field 'video': got None, expected text"),
+    ({"question": " "}, "field 'question'"),
+    ({"options": "red"}, "field 'options': got 'red', expected a list"),
+    ({"options": ["red"]}, "field 'options': got 1"),
+    ({"options": ["red", "red"]}, "field 'options': got the same text"),
+    ({"options": ["red", True]}, "field 'options'"),
+    ({"answer": "C"}, "field 'answer': got 'C', expected one of"),
+    ({"answer": "b"}, "field 'answer': got 'b'"),
+    ({"answer": ""}, "field 'answer'"),
+    ({"answer": None}, "field 'answer'"),
+    ({"answer": ["A"]}, "field 'answer'"),
+    ({"start_s": 3}, "field 'end_s': missing"),
+    ({"start_s": 3, "end_s": 2}, "field 'end_s': got 2"),
+    ({"start_s": "1", "end_s": 2}, "field 'start_s': got '1'"),
+    ({"start_s": float("nan"), "end_s": 2}, "field 'start_s'"),
+    ({"start_s": -1, "end_s": 2}, "field 'start_s'"),
+    ({"kind": "free_form"}, "field 'kind'"),
+    ({"kind": "quiz"}, "field 'kind': got 'quiz'"),
+    ({"vidoe": "a"}, "field 'vidoe': unknown"),
+    ({"id": ["x"]}, "field 'id'"),
+  ],
 )
 def test_bad_field_names_file_line_and_field(tmp_path, change, message):
   with pytest.raises(ValueError) as caught:

@@ -9,13 +9,16 @@ from cf_jax.data import shortcuts, synthetic, video
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
   root = synthetic.ensure(
-      tmp_path_factory.mktemp("cache"), seed=11, num_train=1, num_dev=1,
-      num_test=150,
+    tmp_path_factory.mktemp("cache"),
+    seed=11,
+    num_train=1,
+    num_dev=1,
+    num_test=150,
   )
   samples = synthetic.load(root, "test")
-  frames = np.stack([
-      video.read_frames(sample.video, None, (32, 32))[0] for sample in samples
-  ])
+  frames = np.stack(
+    [video.read_frames(sample.video, None, (32, 32))[0] for sample in samples]
+  )
   return shortcuts.specs_of(samples), frames
 
 
@@ -35,7 +38,8 @@ def test_a_ramp_of_light_is_found(videos):
   frames = (frames * ramp).astype(np.uint8)
   found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
   for name in (
-      "which of two frames came first", "a frame's half of the video",
+    "which of two frames came first",
+    "a frame's half of the video",
   ):
     probe = found[name]
     assert probe.accuracy - probe.chance > probe.half_interval, name
@@ -44,15 +48,15 @@ def test_a_ramp_of_light_is_found(videos):
 def test_a_favourite_letter_and_telling_times_are_found(videos):
   specs, frames = videos
   changed = [
-      spec._replace(answer="B" if n % 10 == 0 else "A")
-      for n, spec in enumerate(specs)
+    spec._replace(answer="B" if n % 10 == 0 else "A")
+    for n, spec in enumerate(specs)
   ]
   found = shortcuts.shortcut_probes(changed, frames, np.random.default_rng(0))
   probe = found["needle: letter alone"]
   assert probe.accuracy - probe.chance > probe.half_interval
   changed = [
-      spec._replace(flickers=(20 if spec.answer == "A" else 80,))
-      for spec in specs
+    spec._replace(flickers=(20 if spec.answer == "A" else 80,))
+    for spec in specs
   ]
   found = shortcuts.shortcut_probes(changed, frames, np.random.default_rng(0))
   probe = found["order: times alone"]
@@ -62,6 +66,4 @@ def test_a_favourite_letter_and_telling_times_are_found(videos):
 def test_too_few_videos(videos):
   specs, frames = videos
   with pytest.raises(ValueError, match="report.probe_videos"):
-    shortcuts.shortcut_probes(
-        specs[:20], frames[:20], np.random.default_rng(0)
-    )
+    shortcuts.shortcut_probes(specs[:20], frames[:20], np.random.default_rng(0))

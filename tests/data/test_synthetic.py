@@ -42,8 +42,8 @@ def test_letters_and_contents_are_balanced_per_task(count):
     letters = collections.Counter(spec.answer for spec in some)
     right = collections.Counter(_right(spec) for spec in some)
     for seen, num in (
-        (letters, len(some[0].options)),
-        (right, 3 if task == "count" else 6),
+      (letters, len(some[0].options)),
+      (right, 3 if task == "count" else 6),
     ):
       assert len(seen) == num
       assert max(seen.values()) - min(seen.values()) <= 1
@@ -56,7 +56,8 @@ def _right(spec):
 def test_answers_follow_from_the_events(specs):
   for spec in specs:
     colours = [event.colour for event in spec.events]
-    assert spec.reasoning == " ".join(colours)
+    said = spec.options[synthetic.LETTERS.index(spec.answer)]
+    assert spec.reasoning == f"{' '.join(colours)}, {said}"
     assert len(set(spec.options)) == len(spec.options)
     right = _right(spec)
     relevant = [colours[n] for n in spec.relevant]
@@ -94,16 +95,16 @@ def test_times_keep_their_distances(specs):
       for flicker in spec.flickers:
         assert flicker < event.start - 2 or flicker > event.stop + 2
       low, high = np.array(event.centre_px) + np.array([[-1], [1]]) * (
-          event.radius_px
+        event.radius_px
       )
       assert low.min() >= 0 and high.max() < spec.size_px
 
 
 def test_times_look_the_same_backwards(specs):
   """Mean times of events and cuts mirror each other about the middle."""
-  middle = np.array([
-      [(e.start + e.stop) / 2 for e in spec.events] for spec in specs
-  ])
+  middle = np.array(
+    [[(e.start + e.stop) / 2 for e in spec.events] for spec in specs]
+  )
   error = 5 * middle.std(axis=0) / len(specs) ** 0.5
   mirrored = specs[0].num_frames - middle[:, ::-1]
   assert np.all(abs(middle.mean(axis=0) - mirrored.mean(axis=0)) < error)
@@ -140,17 +141,17 @@ def test_pictures(specs):
 def test_largest_change_is_seldom_an_event(specs):
   edges = 0
   for spec in specs[:20]:
-    change = abs(
-        np.diff(synthetic.render(spec).astype(np.int16), axis=0)
-    ).mean(axis=(1, 2, 3))
+    change = abs(np.diff(synthetic.render(spec).astype(np.int16), axis=0)).mean(
+      axis=(1, 2, 3)
+    )
     at = int(change.argmax()) + 1
     edges += any(at in (event.start, event.stop) for event in spec.events)
   assert edges <= 4
 
 
 def test_files_come_back_as_drawn(root):
-  spec, = synthetic.load_specs(root, "test")[:1]
-  sample, = synthetic.load(root, "test")[:1]
+  (spec,) = synthetic.load_specs(root, "test")[:1]
+  (sample,) = synthetic.load(root, "test")[:1]
   info = video.probe(sample.video)
   assert info == video.VideoInfo(96, 8.0, 64, 64, 12.0)
   frames, time_s = video.read_frames(sample.video)
@@ -167,7 +168,9 @@ def test_index_gives_back_specs_and_samples(root):
   for sample, spec in zip(samples, drawn):
     assert isinstance(sample, records.Sample)
     assert (sample.question, sample.options, sample.answer) == (
-        spec.question, spec.options, spec.answer
+      spec.question,
+      spec.options,
+      spec.answer,
     )
     assert sample.evidence[0][0] == sample.start_s
     assert sample.evidence[-1][1] == sample.end_s
@@ -196,7 +199,7 @@ def test_interrupted_writing_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(synthetic, "write_video", stop_after_four)
   with pytest.raises(KeyboardInterrupt):
     synthetic.ensure(tmp_path, seed=0, **COUNTS)
-  root, = (tmp_path / "synthetic").iterdir()
+  (root,) = (tmp_path / "synthetic").iterdir()
   assert not (root / "DONE").exists()
   first = [path.name for path in root.glob("videos/*/*.mp4")]
   assert sorted(first) == sorted(f"{name}.mp4" for name in written)
@@ -212,17 +215,17 @@ def test_interrupted_writing_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(num_dev=0), "data.synthetic.num_dev"),
-        (dict(tasks=("needle", "hay")), "data.synthetic.tasks"),
-        (dict(num_frames=20), "data.synthetic.num_frames"),
-        (dict(num_frames=36, num_events=4, num_colours=8), "do not fit"),
-        (dict(size_px=31), "data.synthetic.size_px"),
-        (dict(fps=0.0), "data.synthetic.fps"),
-        (dict(num_events=5), "data.synthetic.num_events"),
-        (dict(num_colours=9), "data.synthetic.num_colours"),
-    ],
+  ("change", "message"),
+  [
+    (dict(num_dev=0), "data.synthetic.num_dev"),
+    (dict(tasks=("needle", "hay")), "data.synthetic.tasks"),
+    (dict(num_frames=20), "data.synthetic.num_frames"),
+    (dict(num_frames=36, num_events=4, num_colours=8), "do not fit"),
+    (dict(size_px=31), "data.synthetic.size_px"),
+    (dict(fps=0.0), "data.synthetic.fps"),
+    (dict(num_events=5), "data.synthetic.num_events"),
+    (dict(num_colours=9), "data.synthetic.num_colours"),
+  ],
 )
 def test_bad_settings_name_themselves(tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
@@ -231,8 +234,14 @@ def test_bad_settings_name_themselves(tmp_path, change, message):
 
 def test_one_task_and_more_colours():
   rows = synthetic.make_specs(
-      "test", 40, seed=0, tasks=("count",), num_events=2, num_colours=8,
-      num_frames=64, size_px=48,
+    "test",
+    40,
+    seed=0,
+    tasks=("count",),
+    num_events=2,
+    num_colours=8,
+    num_frames=64,
+    size_px=48,
   )
   assert {spec.task for spec in rows} == {"count"}
   assert {spec.options for spec in rows} == {("1", "2"), ("2", "1")}

@@ -11,7 +11,7 @@ from cf_jax.data import video
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "videos"
 needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"real videos are not at {DATA}"
+  not DATA.is_dir(), reason=f"real videos are not at {DATA}"
 )
 
 
@@ -19,7 +19,7 @@ def _write(path, num_frames, size=(32, 48), fps=10.0, fourcc="mp4v"):
   """A video whose frame k is grey of level 10 k (mod 256)."""
   height, width = size
   writer = cv2.VideoWriter(
-      str(path), cv2.VideoWriter_fourcc(*fourcc), fps, (width, height)
+    str(path), cv2.VideoWriter_fourcc(*fourcc), fps, (width, height)
   )
   assert writer.isOpened()
   for k in range(num_frames):
@@ -42,7 +42,7 @@ def test_reads_all_frames_with_times(grey):
   assert frames.shape == (24, 32, 48, 3) and frames.dtype == np.uint8
   np.testing.assert_allclose(time_s, np.arange(24) / 10, atol=1e-9)
   np.testing.assert_allclose(
-      frames.mean(axis=(1, 2, 3)), 10 * np.arange(24), atol=4.9
+    frames.mean(axis=(1, 2, 3)), 10 * np.arange(24), atol=4.9
   )
 
 
@@ -56,7 +56,7 @@ def test_index_in_any_order_and_repeated(grey):
 def test_frames_are_rgb(tmp_path):
   path = tmp_path / "red.mp4"
   writer = cv2.VideoWriter(
-      str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (32, 32)
+    str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (32, 32)
   )
   for _ in range(3):
     writer.write(np.full((32, 32, 3), (20, 30, 220), np.uint8))  # BGR
@@ -67,9 +67,7 @@ def test_frames_are_rgb(tmp_path):
 
 def test_scan_takes_the_middles_of_equal_parts(grey):
   scan = video.scan_frames(grey, 8, (16, 24))
-  np.testing.assert_array_equal(
-      scan.frame_index, [1, 4, 7, 10, 13, 16, 19, 22]
-  )
+  np.testing.assert_array_equal(scan.frame_index, [1, 4, 7, 10, 13, 16, 19, 22])
   assert scan.frame_index.dtype == np.int32 and scan.mask.all()
   np.testing.assert_allclose(scan.time_s, scan.frame_index / 10, atol=1e-9)
   frames, _ = video.read_frames(grey, scan.frame_index, (16, 24))
@@ -102,7 +100,7 @@ def test_one_frame(tmp_path):
 def test_seeking_gives_the_frames_of_decoding_through(tmp_path, monkeypatch):
   path = tmp_path / "long.mp4"
   writer = cv2.VideoWriter(
-      str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (32, 32)
+    str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (32, 32)
   )
   rng = np.random.default_rng(0)
   for picture in rng.integers(0, 256, (90, 32, 32, 3), dtype=np.uint8):
@@ -159,14 +157,14 @@ def test_frame_beyond_the_end(grey):
 
 
 @pytest.mark.parametrize(
-    ("size", "limits", "expected"),
-    [
-        ((480, 854), {}, (476, 840)),  # 17.1 and 30.5 squares: halves to even
-        ((100, 100), {}, (112, 112)),  # 3.57 squares round to 4
-        ((20, 20), {}, (56, 56)),  # up to the smallest area
-        ((1080, 1920), {"max_pixels": 200 * 28 * 28}, (280, 504)),
-        ((28, 2800), {}, (28, 2800)),
-    ],
+  ("size", "limits", "expected"),
+  [
+    ((480, 854), {}, (476, 840)),  # 17.1 and 30.5 squares: halves to even
+    ((100, 100), {}, (112, 112)),  # 3.57 squares round to 4
+    ((20, 20), {}, (56, 56)),  # up to the smallest area
+    ((1080, 1920), {"max_pixels": 200 * 28 * 28}, (280, 504)),
+    ((28, 2800), {}, (28, 2800)),
+  ],
 )
 def test_smart_resize_by_hand(size, limits, expected):
   assert video.smart_resize(*size, **limits) == expected
@@ -181,12 +179,12 @@ def test_smart_resize_refuses_a_thread():
 def test_times_of_a_real_file_with_two_streams():
   path = DATA / "nasa_13013.mp4"
   truth = json.loads(
-      (DATA / "nasa_13013.mp4.stream0.all_frames_info.json").read_text()
+    (DATA / "nasa_13013.mp4.stream0.all_frames_info.json").read_text()
   )
   frames, time_s = video.read_frames(path, None, (16, 16))
   assert len(frames) == len(truth) == 325
   np.testing.assert_allclose(
-      time_s, [float(row["pts_time"]) for row in truth], atol=1e-5
+    time_s, [float(row["pts_time"]) for row in truth], atol=1e-5
   )
 
 

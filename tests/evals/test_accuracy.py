@@ -7,22 +7,29 @@ from cf_jax.evals import accuracy
 
 
 @pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
-    [
-        # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), by hand
-        (5, 10, 0.236593, 0.763407),
-        (0, 10, 0.0, 0.277533),
-        (10, 10, 0.722467, 1.0),
-        (1, 1, 0.206549, 1.0),
-        (81, 263, 0.255289, 0.366200),  # Newcombe 1998, table I
-        (15, 148, 0.062390, 0.160504),  # the same
-    ],
+  ("right", "count", "low", "high"),
+  [
+    # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), by hand
+    (5, 10, 0.236593, 0.763407),
+    (0, 10, 0.0, 0.277533),
+    (10, 10, 0.722467, 1.0),
+    (1, 1, 0.206549, 1.0),
+    (81, 263, 0.255289, 0.366200),  # Newcombe 1998, table I
+    (15, 148, 0.062390, 0.160504),  # the same
+  ],
 )
 def test_wilson(right, count, low, high):
   found = accuracy.wilson(right, count)
   assert found.accuracy == right / count and found.count == count
   np.testing.assert_allclose([found.low, found.high], [low, high], atol=3e-4)
-  assert 0 <= found.low <= found.accuracy <= found.high + 1e-12 <= 1 + 1e-12
+  assert 0 <= found.low <= found.accuracy <= found.high <= 1
+
+
+def test_the_share_lies_inside_its_interval():
+  for count in range(1, 200):
+    for right in (0, 1, count - 1, count):
+      found = accuracy.wilson(right, count)
+      assert 0 <= found.low <= found.accuracy <= found.high <= 1
 
 
 def test_intervals_shrink_and_follow_z():
@@ -44,6 +51,8 @@ def test_by_task(dtype):
   found = accuracy.by_task(correct, tasks)
   assert list(found) == ["count", "needle", "order", "all"]
   assert {task: (row.accuracy, row.count) for task, row in found.items()} == {
-      "count": (1.0, 1), "needle": (2 / 3, 3), "order": (0.5, 2),
-      "all": (4 / 6, 6),
+    "count": (1.0, 1),
+    "needle": (2 / 3, 3),
+    "order": (0.5, 2),
+    "all": (4 / 6, 6),
   }

@@ -11,12 +11,21 @@ from cf_jax.models import vlm
 @pytest.fixture(scope="session")
 def config():
   return model_config.make(
-      size="tiny", vocab_size=40, hidden_size=32, intermediate_size=48,
-      num_hidden_layers=2, mrope_section=(1, 2, 1),
-      vision=dict(
-          depth=2, hidden_size=16, intermediate_size=24, num_heads=2,
-          out_hidden_size=32, patch_size=2, window_size=8,
-      ),
+    size="tiny",
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    mrope_section=(1, 2, 1),
+    vision=dict(
+      depth=2,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      patch_size=2,
+      window_size=8,
+    ),
   )
 
 

@@ -14,13 +14,13 @@ SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.mark.parametrize(
-    ("size", "count"),
-    [
-        ("tiny", 1_201_856),
-        # The bytes that the published checkpoints' indices state, halved.
-        ("qwen2_5_vl_3b", 3_754_622_976),
-        ("qwen2_5_vl_7b", 8_292_166_656),
-    ],
+  ("size", "count"),
+  [
+    ("tiny", 1_201_856),
+    # The bytes that the published checkpoints' indices state, halved.
+    ("qwen2_5_vl_3b", 3_754_622_976),
+    ("qwen2_5_vl_7b", 8_292_166_656),
+  ],
 )
 def test_parameter_count(size, count):
   config = model_config.make(size=size)
@@ -42,7 +42,8 @@ def test_published_7b_config():
   published = json.loads(path.read_text())
   config = dataclasses.asdict(model_config.qwen2_5_vl_7b())
   for ours, theirs in (
-      (config, published), (config["vision"], published["vision_config"]),
+    (config, published),
+    (config["vision"], published["vision_config"]),
   ):
     shared = ours.keys() & theirs.keys()
     assert len(shared) > 10
@@ -56,33 +57,34 @@ def test_published_7b_config():
 
 def test_lists_become_tuples():
   config = model_config.make(
-      size="tiny", mrope_section=[4, 6, 6],
-      vision=dict(fullatt_block_indexes=[0, 1]),
+    size="tiny",
+    mrope_section=[4, 6, 6],
+    vision=dict(fullatt_block_indexes=[0, 1]),
   )
   assert config.vision.fullatt_block_indexes == (0, 1)
   hash(config)
 
 
 @pytest.mark.parametrize(
-    ("change", "names"),
-    [
-        (dict(num_attention_heads=3), "num_attention_heads"),
-        (dict(num_key_value_heads=3), "num_key_value_heads"),
-        (dict(mrope_section=(4, 6, 7)), "mrope_section"),
-        (dict(attention="flash"), "attention"),
-        (dict(remat="all"), "remat"),
-        (dict(dtype="int8"), "dtype"),
-        (dict(scan_unroll=0), "scan_unroll"),
-        (dict(size="8b"), "size"),
-        (dict(vision=dict(window_size=27)), "window_size"),
-        (
-            dict(vision=dict(fullatt_block_indexes=(2,))),
-            "fullatt_block_indexes",
-        ),
-        (dict(vision=dict(out_hidden_size=64)), "out_hidden_size"),
-        (dict(vision=dict(num_heads=5)), "num_heads"),
-        (dict(vision=dict(num_heads=32)), "num_heads"),
-    ],
+  ("change", "names"),
+  [
+    (dict(num_attention_heads=3), "num_attention_heads"),
+    (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(mrope_section=(4, 6, 7)), "mrope_section"),
+    (dict(attention="flash"), "attention"),
+    (dict(remat="all"), "remat"),
+    (dict(dtype="int8"), "dtype"),
+    (dict(scan_unroll=0), "scan_unroll"),
+    (dict(size="8b"), "size"),
+    (dict(vision=dict(window_size=27)), "window_size"),
+    (
+      dict(vision=dict(fullatt_block_indexes=(2,))),
+      "fullatt_block_indexes",
+    ),
+    (dict(vision=dict(out_hidden_size=64)), "out_hidden_size"),
+    (dict(vision=dict(num_heads=5)), "num_heads"),
+    (dict(vision=dict(num_heads=32)), "num_heads"),
+  ],
 )
 def test_errors_name_the_setting(change, names):
   with pytest.raises(ValueError, match=rf"config\.model\.(\w+\.)?{names}"):

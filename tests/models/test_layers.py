@@ -8,7 +8,7 @@ import pytest
 from cf_jax.models import layers
 
 JIT = pytest.mark.parametrize(
-    "transform", [jax.jit, lambda f: f], ids=["jit", "no_jit"]
+  "transform", [jax.jit, lambda f: f], ids=["jit", "no_jit"]
 )
 
 
@@ -99,8 +99,14 @@ def test_shared_prefix_equals_one_long_row(transform, empty_prompt):
 
   def shared(query, prefix, own):
     return layers.attend_shared(
-        query, prefix[0], prefix[1], prefix_mask, own[0], own[1], own_mask,
-        implementation="xla",
+      query,
+      prefix[0],
+      prefix[1],
+      prefix_mask,
+      own[0],
+      own[1],
+      own_mask,
+      implementation="xla",
     )
 
   def copied(query, prefix, own):
@@ -108,21 +114,24 @@ def test_shared_prefix_equals_one_long_row(transform, empty_prompt):
       a = jnp.broadcast_to(a[:, None], (rows, group, *a.shape[1:]))
       return jnp.concatenate([a, b], axis=2).reshape(-1, slots + num, kv, width)
 
-    mask = jnp.concatenate([
-        jnp.broadcast_to(
-            prefix_mask[:, None, None], (rows, group, num, slots)
-        ),
+    mask = jnp.concatenate(
+      [
+        jnp.broadcast_to(prefix_mask[:, None, None], (rows, group, num, slots)),
         own_mask,
-    ], axis=-1)
+      ],
+      axis=-1,
+    )
     out = attend(
-        query.reshape(-1, num, heads, width), join(prefix[0], own[0]),
-        join(prefix[1], own[1]), mask.reshape(-1, num, slots + num),
+      query.reshape(-1, num, heads, width),
+      join(prefix[0], own[0]),
+      join(prefix[1], own[1]),
+      mask.reshape(-1, num, slots + num),
     )
     return out.reshape(query.shape)
 
   args = (query, prefix, own)
   np.testing.assert_allclose(
-      transform(shared)(*args), jax.jit(copied)(*args), atol=1e-6
+    transform(shared)(*args), jax.jit(copied)(*args), atol=1e-6
   )
 
   def grads(f):

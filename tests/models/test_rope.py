@@ -9,12 +9,12 @@ from cf_jax.models import rope
 
 def test_patch_positions_are_in_merge_block_order():
   np.testing.assert_array_equal(
-      rope.patch_positions((2, 4), merge=2),
-      [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]],
+    rope.patch_positions((2, 4), merge=2),
+    [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]],
   )
   np.testing.assert_array_equal(
-      rope.patch_positions((3, 2), merge=1),
-      [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]],
+    rope.patch_positions((3, 2), merge=1),
+    [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]],
   )
 
 

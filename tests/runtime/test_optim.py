@@ -11,18 +11,29 @@ from cf_jax.models import vlm
 from cf_jax.runtime import optim
 
 SETTINGS = dict(
-    learning_rate=0.1, schedule="constant", warmup_steps=0, total_steps=10,
-    weight_decay=0.0, max_grad_norm=1e9, b1=0.9, b2=0.99, eps=1e-8,
-    frozen=(), no_decay=(),
+  learning_rate=0.1,
+  schedule="constant",
+  warmup_steps=0,
+  total_steps=10,
+  weight_decay=0.0,
+  max_grad_norm=1e9,
+  b1=0.9,
+  b2=0.99,
+  eps=1e-8,
+  frozen=(),
+  no_decay=(),
 )
 
 
 def _params():
   return {
-      "vision": {"dense": {"kernel": jnp.full((2, 2), 2.0)},
-                 "norm": {"scale": jnp.ones(2)}},
-      "decoder": {"dense": {"kernel": jnp.full((2, 2), 3.0),
-                            "bias": jnp.ones(2)}},
+    "vision": {
+      "dense": {"kernel": jnp.full((2, 2), 2.0)},
+      "norm": {"scale": jnp.ones(2)},
+    },
+    "decoder": {
+      "dense": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}
+    },
   }
 
 
@@ -35,36 +46,40 @@ def _update(params, grad, **settings):
 
 def test_path_of():
   paths = [
-      optim.path_of(path)
-      for path, _ in jax.tree_util.tree_leaves_with_path(_params())
+    optim.path_of(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(_params())
   ]
   assert paths == [
-      "decoder/dense/bias", "decoder/dense/kernel", "vision/dense/kernel",
-      "vision/norm/scale",
+    "decoder/dense/bias",
+    "decoder/dense/kernel",
+    "vision/dense/kernel",
+    "vision/norm/scale",
   ]
   # Optimizer states are tuples and named tuples of trees.
   state = optax.adam(1.0).init({"a": jnp.ones(2)})
   assert {
-      optim.path_of(path)
-      for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    optim.path_of(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
   } == {"0/count", "0/mu/a", "0/nu/a"}
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup_steps", "expected"),
-    [
-        ("constant", 0, {0: 2.0, 5: 2.0, 99: 2.0}),
-        ("constant", 4, {0: 0.0, 1: 0.5, 2: 1.0, 4: 2.0, 50: 2.0}),
-        ("linear", 0, {0: 2.0, 5: 1.0, 10: 0.0, 11: 0.0}),
-        ("linear", 2, {0: 0.0, 1: 1.0, 2: 2.0, 6: 1.0, 10: 0.0}),
-        # 2 * (1 + cos(pi * (step - 2) / 8)) / 2
-        ("cosine", 2, {1: 1.0, 2: 2.0, 4: 1.7071068, 6: 1.0, 10: 0.0}),
-    ],
+  ("schedule", "warmup_steps", "expected"),
+  [
+    ("constant", 0, {0: 2.0, 5: 2.0, 99: 2.0}),
+    ("constant", 4, {0: 0.0, 1: 0.5, 2: 1.0, 4: 2.0, 50: 2.0}),
+    ("linear", 0, {0: 2.0, 5: 1.0, 10: 0.0, 11: 0.0}),
+    ("linear", 2, {0: 0.0, 1: 1.0, 2: 2.0, 6: 1.0, 10: 0.0}),
+    # 2 * (1 + cos(pi * (step - 2) / 8)) / 2
+    ("cosine", 2, {1: 1.0, 2: 2.0, 4: 1.7071068, 6: 1.0, 10: 0.0}),
+  ],
 )
 def test_schedule_by_hand(schedule, warmup_steps, expected):
   made = optim.make_schedule(
-      learning_rate=2.0, schedule=schedule, warmup_steps=warmup_steps,
-      total_steps=10,
+    learning_rate=2.0,
+    schedule=schedule,
+    warmup_steps=warmup_steps,
+    total_steps=10,
   )
   for step, value in expected.items():
     np.testing.assert_allclose(made(step), value, atol=1e-6, err_msg=str(step))
@@ -73,7 +88,7 @@ def test_schedule_by_hand(schedule, warmup_steps, expected):
 def test_unknown_schedule():
   with pytest.raises(ValueError, match="'constant', 'cosine'.*got 'step'"):
     optim.make_schedule(
-        learning_rate=1.0, schedule="step", warmup_steps=0, total_steps=1
+      learning_rate=1.0, schedule="step", warmup_steps=0, total_steps=1
     )
 
 
@@ -89,9 +104,7 @@ def test_first_update_by_hand():
 def test_weight_decay_spares_no_decay():
   params = _params()
   grad = jax.tree.map(jnp.zeros_like, params)
-  new, _ = _update(
-      params, grad, weight_decay=0.5, no_decay=(r"(bias|scale)$",)
-  )
+  new, _ = _update(params, grad, weight_decay=0.5, no_decay=(r"(bias|scale)$",))
   # theta - lr * decay * theta = 0.95 theta
   np.testing.assert_allclose(new["vision"]["dense"]["kernel"], 1.9)
   np.testing.assert_allclose(new["decoder"]["dense"]["kernel"], 2.85)
@@ -103,18 +116,22 @@ def test_frozen_parameters_stay_and_have_no_moments():
   params = _params()
   grad = jax.tree.map(jnp.ones_like, params)
   new, state = _update(
-      params, grad, frozen=("^vision/", "bias$"), weight_decay=0.5
+    params, grad, frozen=("^vision/", "bias$"), weight_decay=0.5
   )
-  for part in (("vision", "dense", "kernel"), ("vision", "norm", "scale"),
-               ("decoder", "dense", "bias")):
+  for part in (
+    ("vision", "dense", "kernel"),
+    ("vision", "norm", "scale"),
+    ("decoder", "dense", "bias"),
+  ):
     before, after = params, new
     for name in part:
       before, after = before[name], after[name]
     np.testing.assert_array_equal(before, after)
   assert np.all(new["decoder"]["dense"]["kernel"] < 3)
   moments = [
-      optim.path_of(path)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim
+    optim.path_of(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if leaf.ndim
   ]
   assert len(moments) == 2
   assert all(path.endswith("decoder/dense/kernel") for path in moments)
@@ -127,8 +144,9 @@ def test_frozen_parameters_are_not_counted_in_the_norm():
   grad["vision"]["dense"]["kernel"] = jnp.full((2, 2), 1e6)
   _, state = _update(params, grad, frozen=("^vision/",), max_grad_norm=1.0)
   (mu,) = [
-      leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-      if "mu/decoder/dense/bias" in optim.path_of(path)
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if "mu/decoder/dense/bias" in optim.path_of(path)
   ]
   np.testing.assert_allclose(mu, 0.1 / np.sqrt(6), rtol=1e-5)  # 6 ones
 
@@ -138,8 +156,9 @@ def test_clipping_by_global_norm():
   grad = jax.tree.map(lambda x: jnp.full_like(x, 10.0), params)
   _, state = _update(params, grad, max_grad_norm=1.0)
   moments = [
-      leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-      if "mu/" in optim.path_of(path)
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if "mu/" in optim.path_of(path)
   ]
   assert len(moments) == 4
   for leaf in moments:  # 12 equal entries
@@ -150,7 +169,7 @@ def test_clipping_by_global_norm():
 def test_a_pattern_that_matches_nothing(name):
   with pytest.raises(ValueError, match=r"\['vison/'\] match no parameter path"):
     optim.make_optimizer(
-        _params(), **(SETTINGS | {name: ("kernel$", "vison/")})
+      _params(), **(SETTINGS | {name: ("kernel$", "vison/")})
     )
 
 

@@ -32,14 +32,14 @@ def test_every_parameter_matches_a_rule(size):
 
 
 @pytest.mark.parametrize(
-    "size", [name for name in model_config.SIZES if name != "tiny"]
+  "size", [name for name in model_config.SIZES if name != "tiny"]
 )
 def test_large_models_split_evenly(size):
   """On fsdp 8 x tensor 4, all but norms and biases is a 32nd a device."""
   whole = split = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(size)):
     spec = sharding.spec_for(
-        optim.path_of(path), leaf.shape, sharding.PARTITION_RULES
+      optim.path_of(path), leaf.shape, sharding.PARTITION_RULES
     )
     parts = 1
     for length, axis in zip(leaf.shape, spec, strict=False):
@@ -53,17 +53,26 @@ def test_large_models_split_evenly(size):
 def test_optimizer_state_follows_its_parameters():
   params = _shapes("tiny")
   optimizer = optim.make_optimizer(
-      params, learning_rate=1.0, schedule="constant", warmup_steps=1,
-      total_steps=2, weight_decay=0.1, max_grad_norm=1.0, b1=0.9, b2=0.9,
-      eps=1e-8, frozen=("^vision/",), no_decay=(),
+    params,
+    learning_rate=1.0,
+    schedule="constant",
+    warmup_steps=1,
+    total_steps=2,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    b1=0.9,
+    b2=0.9,
+    eps=1e-8,
+    frozen=("^vision/",),
+    no_decay=(),
   )
   state = jax.eval_shape(optimizer.init, params)
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
   made = sharding.tree_shardings(state, mesh, sharding.STATE_RULES)
   assert jax.tree.structure(made) == jax.tree.structure(state)
   found = {
-      optim.path_of(path): leaf.spec
-      for path, leaf in jax.tree_util.tree_leaves_with_path(made)
+    optim.path_of(path): leaf.spec
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made)
   }
   moment = [p for p in found if p.endswith("mu/decoder/embed/embedding")]
   assert [found[p] for p in moment] == [P("tensor", "fsdp")]
@@ -78,8 +87,9 @@ def test_first_rule_wins_and_no_rule_raises():
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
   with pytest.raises(ValueError, match="'decoder/lora/a'"):
     sharding.tree_shardings(
-        {"decoder": {"lora": {"a": jnp.ones((2, 2))}}}, mesh,
-        sharding.PARTITION_RULES,
+      {"decoder": {"lora": {"a": jnp.ones((2, 2))}}},
+      mesh,
+      sharding.PARTITION_RULES,
     )
 
 
@@ -87,11 +97,15 @@ def test_mesh_sizes():
   count = jax.device_count()
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
   assert dict(mesh.shape) == {
-      "data": count, "fsdp": 1, "tensor": 1, "context": 1
+    "data": count,
+    "fsdp": 1,
+    "tensor": 1,
+    "context": 1,
   }
   for sizes in (
-      dict(data=2 * count, fsdp=1), dict(data=-1, fsdp=count + 1),
-      dict(data=0, fsdp=1),
+    dict(data=2 * count, fsdp=1),
+    dict(data=-1, fsdp=count + 1),
+    dict(data=0, fsdp=1),
   ):
     with pytest.raises(ValueError, match=f"got {count}; change config.mesh"):
       sharding.make_mesh(**sizes, tensor=1, context=1)
@@ -153,12 +167,13 @@ def init():
   return TrainState(step=jnp.int32(0), params=params, opt_state=moments,
                     rng=jnp.zeros(2, jnp.uint32))
 
-expected = jax.jit(step)(jax.jit(init)(), batch)
+start = jax.jit(init)()
+expected = jax.jit(step)(start, batch)
 for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
   mesh = sharding.make_mesh(**sizes, context=1)
   shardings = sharding.tree_shardings(
       jax.eval_shape(init), mesh, sharding.STATE_RULES)
-  state = jax.jit(init, out_shardings=shardings)()
+  state = jax.device_put(start, shardings)
   split = [x for x in jax.tree.leaves(state.params)
            if not x.sharding.is_fully_replicated]
   assert bool(split) == (sizes["data"] == 2), sizes

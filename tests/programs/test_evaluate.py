@@ -1,0 +1,111 @@
+"""Judging: batches do not matter, every sample once, chance by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cf_jax.data import answers, records
+from cf_jax.programs import evaluate
+from cf_jax.programs import experiment as experiment_lib
+from tests.conftest import init_params, load_config, shrink
+
+ARMS = ("keyframes", "blind")
+
+
+@pytest.fixture(scope="module")
+def experiment(cache_dir, tmp_path_factory):
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  return experiment_lib.build(config, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+  return init_params(experiment.model)
+
+
+def _evaluator(experiment, samples, batch_size):
+  return evaluate.Evaluator(
+    experiment, samples, ARMS, batch_size=batch_size, max_tokens=12
+  )
+
+
+def test_a_smaller_last_batch_changes_nothing(experiment, params):
+  samples = experiment.samples["test"][:8]
+  whole = _evaluator(experiment, samples, 64).run(params)
+  parts = _evaluator(experiment, samples, 3).run(params)
+  for arm in ARMS:
+    assert len(whole[arm].text) == len(whole[arm].correct) == 8
+    assert whole[arm].text == parts[arm].text
+    np.testing.assert_array_equal(whole[arm].correct, parts[arm].correct)
+    np.testing.assert_array_equal(
+      whole[arm].correct,
+      [answers.is_correct(t, s) for t, s in zip(whole[arm].text, samples)],
+    )
+
+
+def test_videos_are_prepared_once(experiment, params, monkeypatch):
+  judge = _evaluator(experiment, experiment.samples["dev"][:3], 3)
+  first = judge.run(params)
+  monkeypatch.setattr(
+    evaluate.pipeline, "collate", lambda *_, **__: pytest.fail("scanned")
+  )
+  assert judge.run(params)["keyframes"].text == first["keyframes"].text
+
+
+def test_a_batch_divides_over_the_devices(experiment):
+  """Six samples on eight devices are filled up to eight rows."""
+
+  class Mesh:
+    shape = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+
+  wide = dataclasses.replace(experiment, mesh=Mesh())
+  samples = experiment.samples["dev"][:6]
+  for batch_size, expected in ((64, 8), (3, 8), (8, 8)):
+    assert _evaluator(wide, samples, batch_size)._batch_size == expected
+  assert _evaluator(wide, samples * 3, 9)._batch_size == 16
+
+
+def test_rows(experiment):
+  samples = [
+    records.Sample(str(n), "v", "q", ("a", "b"), "A", task=task)
+    for n, task in enumerate(["order", "count", "order"])
+  ]
+  judge = _evaluator(experiment, samples, 2)
+  judged = evaluate.Judged(np.array([True, True, False]), ["x"] * 3)
+  rows = judge.rows({"blind": judged}, "sft")
+  assert [(r["task"], r["accuracy"], r["count"]) for r in rows] == [
+    ("count", 1.0, 1),
+    ("order", 0.5, 2),
+    ("all", 2 / 3, 3),
+  ]
+  for row in rows:
+    assert row["stage"] == "sft" and row["view"] == "blind"
+    assert set(row) == {
+      "stage",
+      "view",
+      "task",
+      "accuracy",
+      "count",
+      "low",
+      "high",
+    }
+
+
+def test_chance_by_hand():
+  def sample(task, options):
+    return records.Sample("i", "v", "q", options, "A", task=task)
+
+  found = evaluate.chance(
+    [
+      sample("order", ("a", "b")),
+      sample("order", ("a", "b", "c", "d")),
+      sample("count", ("a", "b", "c", "d")),
+      sample("free", ()),
+    ]
+  )
+  assert found == {"count": 0.25, "free": 0.0, "order": 0.375, "all": 0.25}
+
+
+def test_probes_are_off_at_zero(experiment):
+  assert evaluate.probes(experiment, 0) == {}

@@ -1,0 +1,193 @@
+"""Targets, loss and the guarded update of the cold start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cf_jax import policy
+from cf_jax.data import answers, prompts, records
+from cf_jax.programs import sft
+from cf_jax.types import Rollout, TrainState
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return prompts.load_tokenizer("tiny")
+
+
+def _sample(**changes):
+  fields = dict(
+    id="a",
+    video="a.mp4",
+    question="Which colour appears first?",
+    options=("red", "green", "blue"),
+    answer="B",
+    reasoning="green red",
+  )
+  return records.Sample(**(fields | changes))
+
+
+def _targets(tokenizer, samples, num_targets=1, max_tokens=24):
+  return sft.make_targets(
+    tokenizer, samples, num_targets=num_targets, max_tokens=max_tokens
+  )
+
+
+def test_targets_are_read_back_as_right(tiny):
+  samples = [
+    _sample(),
+    _sample(id="b", reasoning=""),
+    _sample(options=(), answer="grass", kind="free_form"),
+  ]
+  target, loss_mask = _targets(tiny, samples)
+  assert target.token.shape == (3, 1, 24) and target.finished.all()
+  assert target.mask.dtype == bool and target.token.dtype == np.int32
+  np.testing.assert_array_equal(loss_mask, target.mask)
+  for row, sample in enumerate(samples):
+    real = target.token[row, 0][target.mask[row, 0]]
+    assert real[-1] == tiny.eos_id and tiny.eos_id not in real[:-1]
+    text = tiny.decode(real[:-1])
+    assert text == prompts.target_text(sample.reasoning, sample.answer)
+    assert answers.is_correct(text, sample)
+    assert np.all(np.diff(target.mask[row, 0].astype(int)) <= 0)
+  assert np.all(target.token[~target.mask] == tiny.eos_id)
+
+
+def test_conclusions_by_hand():
+  sample = _sample(reasoning="red then green")
+  assert sft.conclusions(sample, 9) == [
+    ("red then green", "B"),
+    ("red then red", "A"),
+    ("red then blue", "C"),
+  ]
+  assert sft.conclusions(sample, 2) == [
+    ("red then green", "B"),
+    ("red then red", "A"),
+  ]
+  for other in (
+    _sample(reasoning="green then red"),
+    _sample(reasoning=""),
+    _sample(
+      options=(), answer="green", kind="free_form", reasoning="it is green"
+    ),
+  ):
+    assert sft.conclusions(other, 9) == [(other.reasoning, other.answer)]
+
+
+def test_other_conclusions_carry_loss_on_their_answers_only(tiny):
+  samples = [_sample(reasoning="red green"), _sample(reasoning="green red")]
+  target, loss_mask = _targets(tiny, samples, num_targets=4)
+  assert target.token.shape == loss_mask.shape == (2, 4, 24)
+  # The second sample has its true target alone, the first one of 3 options.
+  np.testing.assert_array_equal(
+    target.mask.any(axis=-1), [[1, 1, 1, 0], [1, 0, 0, 0]]
+  )
+  np.testing.assert_array_equal(loss_mask[:, 0], target.mask[:, 0])
+  for g, letter in ((1, "A"), (2, "C")):
+    assert tiny.decode(target.token[0, g][loss_mask[0, g]]) == letter
+  assert not loss_mask[0, 3].any() and not loss_mask[1, 1:].any()
+
+
+def test_a_target_is_never_cut(tiny):
+  long = _sample(id="long-one", reasoning="red " * 40)
+  with pytest.raises(
+    ValueError, match="'long-one' has .* limit is 24.*sampling.max_tokens"
+  ):
+    _targets(tiny, [_sample(), long])
+
+
+def test_a_target_may_fill_every_slot(tiny):
+  count = int(_targets(tiny, [_sample()], max_tokens=64)[0].mask.sum())
+  full, _ = _targets(tiny, [_sample()], max_tokens=count)
+  assert full.mask.all() and full.token[0, 0, -1] == tiny.eos_id
+  with pytest.raises(ValueError, match=f"limit is {count - 1}"):
+    _targets(tiny, [_sample()], max_tokens=count - 1)
+
+
+def test_loss_is_over_the_true_targets_tokens(scene):
+  rng = np.random.default_rng(0)
+  length = np.array([[5, 4], [2, 0], [3, 5]])
+  mask = np.arange(5) < length[:, :, None]
+  loss_mask = mask.copy()
+  loss_mask[:, 1] &= np.arange(5) == 3  # one token of the other target
+  target = Rollout(
+    token=jnp.asarray(rng.integers(1, 7, (3, 2, 5)), jnp.int32),
+    mask=jnp.asarray(mask),
+    logprob=jnp.zeros((3, 2, 5)),
+    finished=jnp.ones((3, 2), bool),
+  )
+  batch = sft.Targets(scene.view, scene.pixel[:, :2], target, loss_mask)
+  run = jax.jit(
+    lambda batch: sft.sft_loss(
+      scene.params,
+      batch,
+      model=scene.config,
+      grid=scene.grid,
+      banned=scene.banned,
+    )
+  )
+  loss, metrics = run(batch)
+  encoded = policy.encode_frames(
+    scene.config, scene.params, scene.pixel, grid=scene.grid
+  )
+  logprob, _ = policy.completion_logprobs(
+    scene.config, scene.params, scene.view, encoded, target, scene.banned
+  )
+  logprob = np.asarray(logprob)
+  np.testing.assert_allclose(
+    loss, -logprob[loss_mask].sum() / mask[:, 0].sum(), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    metrics["loss_true"], -logprob[:, 0][mask[:, 0]].mean(), rtol=1e-5
+  )
+  assert metrics["loss"] == loss and 0 < metrics["entropy"] < np.log(40)
+  # What fills the slots behind a target does not shift it.
+  junk = target.replace(token=jnp.where(target.mask, target.token, 9))
+  np.testing.assert_allclose(
+    run(batch._replace(target=junk))[0], loss, rtol=1e-6
+  )
+
+
+def _state():
+  params = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array(3.0)}}
+  optimizer = optax.adam(0.1)
+  return TrainState(
+    step=jnp.int32(4),
+    params=params,
+    opt_state=optimizer.init(params),
+    rng=jnp.zeros(2, jnp.uint32),
+  ), optimizer
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_apply_gradient_by_hand(jitted):
+  state, optimizer = _state()
+  grad = {"a": jnp.array([3.0, 0.0]), "b": {"c": jnp.array(-4.0)}}
+
+  def update(state, grad):
+    return sft.apply_gradient(state, grad, {"loss": jnp.float32(7)}, optimizer)
+
+  new, metrics = (jax.jit(update) if jitted else update)(state, grad)
+  # Adam's first step: the learning rate times the sign.
+  np.testing.assert_allclose(new.params["a"], [0.9, 2.0], rtol=1e-5)
+  np.testing.assert_allclose(new.params["b"]["c"], 3.1, rtol=1e-5)
+  assert int(new.step) == 5 and metrics["loss"] == 7
+  assert metrics["grad_norm"] == 5 and metrics["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+  state, optimizer = _state()
+  grad = {"a": jnp.array([3.0, bad]), "b": {"c": jnp.array(-4.0)}}
+  new, metrics = jax.jit(
+    lambda state, grad: sft.apply_gradient(state, grad, {}, optimizer)
+  )(state, grad)
+  assert metrics["nonfinite"] == 1
+  for before, after in zip(
+    jax.tree.leaves((state.params, state.opt_state, state.rng)),
+    jax.tree.leaves((new.params, new.opt_state, new.rng)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(before, after)
