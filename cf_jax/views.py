@@ -40,22 +40,22 @@ class Prepared(NamedTuple):
     batch: the loader's batch.
     keyframes: Keyframes of B videos.
     frames: uint8[B, N, height, width, 3] what is encoded.
-    pixel: float32[B, N, 4P, patch] the same as patches.
     frame_time_s: float32[B, 2K] seconds of keyframes and uniform frames.
     frame_mask: bool[B, 2K] which of them exist.
     view: View of each arm asked for; the shuffled arm has one entry for each
       permutation (`shuffled`, `shuffled_1`, ...).
     can_shuffle: bool[B] False with fewer than two keyframes.
+    has_apex: bool[B] False where the keyframes are the uniform frames.
   """
 
   batch: pipeline.Batch
   keyframes: Keyframes
   frames: np.ndarray
-  pixel: np.ndarray
   frame_time_s: np.ndarray
   frame_mask: np.ndarray
   view: dict[str, View]
   can_shuffle: np.ndarray
+  has_apex: np.ndarray
 
 
 def permute_slots(
@@ -189,13 +189,6 @@ class ViewMaker:
     frames = self._reader.read(batch.samples, batch.frame_index[rows, safe])
     blank = np.full_like(frames[:, :1], 128)
     frames = np.concatenate([frames, blank], axis=1)  # [B, N, h, w, 3]
-    pixel = patches.frames_to_patches(
-      frames.reshape(-1, *frames.shape[2:]),
-      patch=self._patch_size,
-      merge=self._merge,
-      temporal=self._temporal,
-    )
-    pixel = pixel.reshape(*frames.shape[:2], *pixel.shape[1:])
     time_s = np.where(mask, batch.scan_time_s[rows, safe], np.nan)
 
     num_slots = keyframes.index.shape[1]
@@ -260,12 +253,25 @@ class ViewMaker:
       batch=batch,
       keyframes=keyframes,
       frames=frames,
-      pixel=pixel,
       frame_time_s=time_s,
       frame_mask=mask,
       view=made,
       can_shuffle=num_valid >= 2,
+      has_apex=keyframes.apex.any(axis=1),
     )
+
+  def patches(self, frames: np.ndarray) -> np.ndarray:
+    """uint8[B, N, height, width, 3] -> float32[B, N, 4P, patch].
+
+    Made where they are needed: they take 8 times the memory of the frames.
+    """
+    made = patches.frames_to_patches(
+      frames.reshape(-1, *frames.shape[2:]),
+      patch=self._patch_size,
+      merge=self._merge,
+      temporal=self._temporal,
+    )
+    return made.reshape(*frames.shape[:2], *made.shape[1:])
 
   def _selected(self, batch: pipeline.Batch) -> tuple[Keyframes, np.ndarray]:
     """Keyframes and uniform frames; a video is scored once, then remembered.

@@ -242,7 +242,8 @@ def collate(
     scan_size_px: (height, width) of the scan.
 
   Raises:
-    video.VideoError: a video cannot be read; nothing is skipped here.
+    video.VideoError: a video cannot be read; nothing is skipped here (see
+      `readable`).
   """
   scans = {}
   for sample in samples:
@@ -253,6 +254,41 @@ def collate(
   return _stack(
     list(samples), sample_index, [scans[sample.video] for sample in samples]
   )
+
+
+def readable(
+  samples: Sequence[records.Sample], *, max_skip_fraction: float
+) -> tuple[list[records.Sample], dict[str, str]]:
+  """Leaves out samples whose video does not decode to its end.
+
+  Args:
+    samples: of a held-out split, few enough to decode once more.
+    max_skip_fraction: of the samples, how many may be left out.
+
+  Returns:
+    The others, and path -> reason of the videos left out.
+
+  Raises:
+    ValueError: more are unreadable than may be skipped, or all are.
+  """
+  skipped, fine = {}, set()
+  for path in dict.fromkeys(sample.video for sample in samples):
+    try:
+      video.scan_frames(path, 1, (28, 28))
+      fine.add(path)
+    except video.VideoError as error:
+      logging.warning("skipped: %s", error)
+      skipped[path] = str(error)
+  kept = [sample for sample in samples if sample.video in fine]
+  lost = len(samples) - len(kept)
+  if lost > max_skip_fraction * len(samples) or not kept:
+    listed = "; ".join(list(skipped.values())[:5])
+    raise ValueError(
+      f"the videos of {lost} of {len(samples)} samples cannot be read, at most"
+      f" {max_skip_fraction:.1%} may be skipped (data.max_skip_fraction):"
+      f" {listed}"
+    )
+  return kept, skipped
 
 
 def _stack(samples, index, scans) -> Batch:

@@ -41,7 +41,7 @@ import rich.progress
 from cf_jax.data import records
 
 # Part of the cache key: raise it whenever a specification or a pixel changes.
-VERSION = 2
+VERSION = 3
 
 # The corners of the RGB cube first: they survive the codec's chroma loss best.
 PALETTE = {
@@ -320,7 +320,12 @@ def make_specs(
     "needle": (_needle, (len(LETTERS), num_colours, num_events)),
     "order": (
       _order,
-      (2, num_colours, num_colours - 1, math.comb(num_events, 2)),
+      (
+        len(LETTERS),
+        num_colours,
+        num_colours - 1,
+        math.comb(num_events, 2),
+      ),
     ),
     "count": (_count, (num_events, num_events)),
   }

@@ -89,7 +89,8 @@ class Evaluator:
     self.prepare()
     found = {arm: ([], []) for arm in self._arms}
     for prepared, real in self._prepared:
-      encoded = self._encode(params, self._experiment.put(prepared.pixel))
+      pixel = self._experiment.make_views.patches(prepared.frames)
+      encoded = self._encode(params, self._experiment.put(pixel))
       for arm in self._arms:
         rollout = jax.device_get(
           self._answer(

@@ -3,8 +3,10 @@
 `build` reads a config top to bottom; nothing here trains or judges.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import pathlib
 import queue
@@ -147,6 +149,14 @@ def build(
     synthetic_set=dict(config.data.synthetic),
     seed=config.data.seed,
   )
+  skipped = {}
+  if config.data.source != "synthetic":  # those were written a moment ago
+    for split in ("dev", "test"):
+      samples[split], lost = pipeline.readable(
+        samples[split], max_skip_fraction=config.data.max_skip_fraction
+      )
+      skipped |= lost
+    list_skipped(workdir, skipped)
   for split, rows in samples.items():
     logging.info("%s: %d samples", split, len(rows))
     for sample in rows:  # an unreadable truth fails here, not after an hour
@@ -186,6 +196,46 @@ def build(
   )
 
 
+def longest_prompt(experiment: Experiment) -> int:
+  """Most slots that the wordiest sample's prompt can take.
+
+  Raises:
+    ValueError: more than `prompt.max_tokens`; it shows before training.
+  """
+  wordiest = max(
+    (sample for rows in experiment.samples.values() for sample in rows),
+    key=lambda sample: len(sample.question) + len("".join(sample.options)),
+  )
+  duration_s = 0.0
+  with contextlib.suppress(video.VideoError):  # skipped, and counted, later
+    duration_s = video.probe(wordiest.video).duration_s
+  count = experiment.make_views.count_tokens(wordiest, duration_s=duration_s)
+  limit = experiment.config.prompt.max_tokens
+  if count > limit:
+    raise ValueError(
+      f"the prompt of sample {wordiest.id!r} can take {count} tokens, the"
+      f" budget is {limit}; raise config.prompt.max_tokens, or show fewer or"
+      " smaller frames"
+    )
+  return count
+
+
+def list_skipped(workdir: pathlib.Path, skipped: dict[str, str]) -> None:
+  """Adds videos that could not be read to this process's skipped.json.
+
+  Args:
+    workdir: of the run.
+    skipped: path -> reason.
+  """
+  process = jax.process_index()
+  name = f"skipped_{process}.json" if process else "skipped.json"
+  known = {}
+  if (workdir / name).exists():
+    known = json.loads((workdir / name).read_text("utf-8"))
+  if skipped:
+    telemetry.write_json(workdir / name, known | skipped)
+
+
 def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
   """First 16 hex digits of a SHA-256 over every question, answer and video."""
   digest = hashlib.sha256()
@@ -217,13 +267,7 @@ def summary(
   )
   num_keyframes = config.tad.num_keyframes
   num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
-  longest = max(
-    experiment.samples["train"],
-    key=lambda sample: len(sample.question) + len("".join(sample.options)),
-  )
-  prompt = experiment.make_views.count_tokens(
-    longest, duration_s=video.probe(longest.video).duration_s
-  )
+  prompt = longest_prompt(experiment)
   batch, group = config.rl.prompts_per_step, config.sampling.num_completions
   slots = config.prompt.max_tokens + group * config.sampling.max_tokens
   model = experiment.model
@@ -422,7 +466,12 @@ class Stream:
   def _work(self) -> None:
     try:
       while not self._closed.is_set():
-        batch = next(self._loader)
+        known = self._loader.skipped_total
+        try:
+          batch = next(self._loader)
+        finally:
+          if self._loader.skipped_total > known:
+            list_skipped(self._experiment.workdir, self._loader.skipped)
         prepared = self._experiment.make_views(
           batch, self._arms, draw=self._next
         )
@@ -444,11 +493,6 @@ class Stream:
     if isinstance(item, Exception):
       raise item
     return item
-
-  @property
-  def skipped(self) -> int:
-    """Unreadable videos so far."""
-    return self._loader.skipped_total
 
   def __enter__(self) -> "Stream":
     return self

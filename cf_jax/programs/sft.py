@@ -205,7 +205,9 @@ def cold_start(
         view = prepared.view["keyframes"]
         targets = Targets(
           view=view,
-          pixel=prepared.pixel[:, : view.frame.shape[1]],
+          pixel=experiment.make_views.patches(
+            prepared.frames[:, : view.frame.shape[1]]
+          ),
           target=target_rollout(
             experiment.tokenizer,
             prepared.batch.samples,
@@ -238,7 +240,9 @@ def cold_start(
       writer.write(
         step,
         "sft",
-        metrics | timer.collect() | {"data/skipped_total": stream.skipped},
+        metrics
+        | timer.collect()
+        | {"data/skipped_total": len(loader_state["skipped"])},
       )
       if done or step % config.checkpoint_every == 0:
         writer.flush()

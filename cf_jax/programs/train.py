@@ -118,7 +118,13 @@ def make_reward_step(experiment: experiment_lib.Experiment):
 
   @jax.jit
   def reward_step(
-    verdict: Verdict, evidence, rollout, shuffled, uniform, can_shuffle
+    verdict: Verdict,
+    evidence,
+    rollout,
+    shuffled,
+    uniform,
+    can_shuffle,
+    has_apex,
   ):
     g_shuffled, g_uniform = (
       rewards.rollout_contrast(
@@ -134,6 +140,7 @@ def make_reward_step(experiment: experiment_lib.Experiment):
       g_uniform,
       saliency,
       shuffled_mask=can_shuffle,
+      uniform_mask=has_apex,
       **contrast,
     )
     reward = rewards.combine(verdict.component, weight=weight) + bonus
@@ -272,7 +279,7 @@ def reinforce(
     for step in range(first + 1, config.steps + 1):
       with timer("data"):
         prepared, loader_state = next(stream)
-        pixel = experiment.put(prepared.pixel)
+        pixel = experiment.put(experiment.make_views.patches(prepared.frames))
         view = experiment.put(prepared.view)
         seed = experiment.put(
           np.asarray(
@@ -315,6 +322,7 @@ def reinforce(
           shuffled,
           uniform,
           experiment.put(prepared.can_shuffle),
+          experiment.put(prepared.has_apex),
         )
 
       with timer("update"):
@@ -351,7 +359,7 @@ def reinforce(
           metrics
           | timer.collect()
           | {
-            "data/skipped_total": stream.skipped,
+            "data/skipped_total": len(loader_state["skipped"]),
             "recompiles": compiles.recompiles,
           },
         )
