@@ -1,6 +1,6 @@
 """The default run over several seeds: what docs/results.md reports.
 
-  python benchmarks/seeds.py --seeds=5 --out=runs/seeds
+  python -m benchmarks.seeds --seeds=5 --out=runs/seeds
 
 Each seed is the default command with another `config.seed` (parameters,
 sampling, order) and `config.data.seed` (videos), in its own workdir. A finished

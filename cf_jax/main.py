@@ -122,7 +122,7 @@ def main() -> None:
   logging.get_absl_handler().addFilter(_own_or_warning)
   try:
     app.run(run, flags_parser=_parse)
-  except ValueError as error:
+  except (ValueError, FloatingPointError, OSError) as error:
     logging.debug("traceback", exc_info=True)
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -11,6 +11,7 @@ time labels and positions of the keyframes' slots: only the pictures move.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ ARMS = (
   "times",  # TAD's time labels over blank frames
   "blind",  # no frames
 )
+
+
+# Keyframes of so many videos are remembered: tens of kilobytes each.
+_REMEMBERED_VIDEOS = 8192
 
 
 class Prepared(NamedTuple):
@@ -151,10 +156,16 @@ class ViewMaker:
     self._prompt = prompt
     self._max_prompt_tokens = max_prompt_tokens
     self._patch_size, self._merge, self._temporal = patch
+    if num_shuffles < 1:
+      raise ValueError(
+        f"num_shuffles must be at least 1, got {num_shuffles}; change"
+        " config.contrast.num_shuffles"
+      )
     self._num_keyframes = num_keyframes
     self._num_shuffles = num_shuffles
     self._seed = seed
     self._memory = {}
+    self._lock = threading.Lock()  # a loader thread and the loop both ask
     height, width = reader.size_px
     self.grid = patches.grid_of(
       height, width, patch=self._patch_size, merge=self._merge
@@ -284,10 +295,18 @@ class ViewMaker:
       (sample.video, int(mask.sum()))
       for sample, mask in zip(batch.samples, batch.scan_mask, strict=True)
     ]
+    with self._lock:
+      return self._remembered(batch, keys)
+
+  def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):
       scored = jax.device_get(self._select(batch.scan, batch.scan_mask))
+      while self._memory and len(self._memory) + len(keys) > _REMEMBERED_VIDEOS:
+        self._memory.pop(next(iter(self._memory)))  # the oldest
       for row, key in enumerate(keys):
-        self._memory[key] = jax.tree.map(lambda leaf, i=row: leaf[i], scored)
+        self._memory[key] = jax.tree.map(
+          lambda leaf, i=row: leaf[i].copy(), scored
+        )
     return jax.tree.map(
       lambda *leaves: np.stack(leaves), *(self._memory[key] for key in keys)
     )

@@ -60,8 +60,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     num_threads=2,
   )
 
-  # -- selection (DESIGN: the scan and the encoding are separate settings)
-  config.scan = dict(descriptor="pixels")  # or "vision": the policy's tower
+  # -- selection: the scan is cheap, only the chosen frames are encoded
+  config.scan = dict(descriptor="pixels")  # or "vision": the initial tower
   config.tad = dict(num_keyframes=8, selection="soft")
 
   # -- prompts and policy
@@ -93,7 +93,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     learning_rate=2e-3,
     schedule="constant",
     warmup_steps=50,
-    total_steps=500,
+    total_steps=config.sft.get_ref("max_steps"),
     weight_decay=0.01,
     max_grad_norm=1.0,
     b1=0.9,
@@ -137,7 +137,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     learning_rate=3e-4,
     schedule="constant",
     warmup_steps=10,
-    total_steps=250,
+    total_steps=config.rl.get_ref("steps"),
     weight_decay=0.0,
     max_grad_norm=1.0,
     b1=0.9,

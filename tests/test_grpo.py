@@ -152,7 +152,7 @@ def test_equal_rewards_give_zero_not_nan(scale):
 
 
 def test_group_std_cancels_a_bonus_equal_for_all_correct():
-  """METHOD 1.2: two-valued rewards, and an affine map of them."""
+  """docs/method.md: two-valued rewards, and an affine map of them."""
   accuracy = np.array([[1, 0, 0, 1, 1, 0, 0, 0]], np.float32)
   plain = accuracy + 0.2  # a constant format reward beside it
   bonus = plain + 0.3 * accuracy

@@ -43,14 +43,39 @@ def _equal_prompts(left, right):
 def test_shapes(experiment, prepared):
   assert set(prepared.view) == {*ALL, "shuffled_1"}
   assert prepared.frames.shape == (4, 9, 28, 56, 3)
-  assert prepared.pixel.shape == (4, 9, 8, 3 * 2 * 14 * 14)
-  assert prepared.pixel.dtype == np.float32
+  pixel = experiment.make_views.patches(prepared.frames)
+  assert pixel.shape == (4, 9, 8, 3 * 2 * 14 * 14)
+  assert pixel.dtype == np.float32
   assert experiment.make_views.merged_grid == (1, 2)
   assert np.all(prepared.frames[:, 8] == 128)  # the blank
   for view in prepared.view.values():
     assert view.frame.shape == (4, 4) and view.frame.dtype == np.int32
     assert view.prompt.token.shape == (4, 96)
     assert view.frame.min() >= 0 and view.frame.max() <= 8
+
+
+def test_a_video_is_scored_once(experiment, batch, prepared, monkeypatch):
+  scored = []
+  select = experiment.make_views._select
+
+  def remember(*arrays):
+    scored.append(arrays)
+    return select(*arrays)
+
+  monkeypatch.setattr(experiment.make_views, "_select", remember)
+  turned = pipeline.collate(batch.samples[::-1], np.arange(4), **SCAN)
+  again = experiment.make_views(turned, ("keyframes",))
+  assert not scored
+  for old, new in zip(
+    jax.tree.leaves((prepared.keyframes, prepared.frames[:, :8])),
+    jax.tree.leaves((again.keyframes, again.frames[:, :8])),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(old[::-1], new)
+  # Cut to fewer frames it is another video.
+  mask = batch.scan_mask & (np.arange(64) < 40)
+  experiment.make_views(batch._replace(scan_mask=mask), ("keyframes",))
+  assert len(scored) == 1
 
 
 def test_frames_are_those_of_the_keyframes(experiment, batch, prepared):
@@ -154,11 +179,12 @@ def test_single_shows_the_middle_uniform_frame(prepared):
   assert np.all(view.frame == 6)
 
 
-def test_times_show_blank_frames(prepared):
+def test_times_show_blank_frames(experiment, prepared):
+  pixel = experiment.make_views.patches(prepared.frames)
   view = prepared.view["times"]
   assert np.all(view.frame == 8)
   assert np.all((view.prompt.visual >= 0).sum(1) == 8)
-  shown = np.asarray(policy.show(prepared.pixel, view.frame))
+  shown = np.asarray(policy.show(pixel, view.frame))
   assert len(np.unique(shown.reshape(4, 4, -1), axis=1)[0]) == 1
 
 
@@ -184,7 +210,7 @@ def short(experiment, write_video, tmp_path_factory):
   return experiment.make_views(batch, ALL)
 
 
-def test_fewer_frames_than_slots(short):
+def test_fewer_frames_than_slots(experiment, short):
   np.testing.assert_array_equal(short.keyframes.mask.sum(1), [3, 1])
   np.testing.assert_array_equal(short.can_shuffle, [True, False])
   mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
@@ -201,7 +227,7 @@ def test_fewer_frames_than_slots(short):
   assert shuffled[0, 3] == 3 and np.any(shuffled[0] != np.arange(4))
   np.testing.assert_array_equal(shuffled[1], np.arange(4))
   np.testing.assert_array_equal(short.view["single"].frame[:, 0], [5, 4])
-  assert np.all(np.isfinite(short.pixel))
+  assert np.all(np.isfinite(experiment.make_views.patches(short.frames)))
 
 
 def test_unknown_arm(experiment, batch):

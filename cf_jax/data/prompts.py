@@ -254,6 +254,17 @@ def _byte_symbols() -> dict[int, str]:
   return symbols | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
 
 
+def label_tolerance_s(time_format: str) -> float:
+  """How far a time may be from the label that shows it, in seconds.
+
+  Args:
+    time_format: as in `build_prompt`.
+  """
+  shown = re.search(r"\d+(?:\.(\d+))?", time_format.format(0.0))
+  decimals = len(shown[1] or "") if shown else 0
+  return 0.5 * 10.0**-decimals + 1e-3
+
+
 def option_lines(options: Sequence[str]) -> str:
   """`\\nA. red\\nB. blue`: every option on a line of its own, or nothing.
 

@@ -84,9 +84,17 @@ class Evaluator:
         )
         bar.advance(real)
 
-  def run(self, params: Any) -> dict[str, Judged]:
+  def run(
+    self, params: Any, *, show_progress: bool = False
+  ) -> dict[str, Judged]:
     """Answers every sample under every arm."""
     self.prepare()
+    with telemetry.progress(
+      "answer", len(self._samples), unit="video", active=show_progress
+    ) as bar:
+      return self._answer_all(params, bar)
+
+  def _answer_all(self, params, bar):
     found = {arm: ([], []) for arm in self._arms}
     for prepared, real in self._prepared:
       pixel = self._experiment.make_views.patches(prepared.frames)
@@ -106,6 +114,7 @@ class Evaluator:
         ):
           texts.append(row[0])
           correct.append(answers.is_correct(row[0], sample))
+      bar.advance(real)
     return {
       arm: Judged(np.asarray(correct, dtype=bool), texts)
       for arm, (correct, texts) in found.items()

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -37,6 +38,7 @@ from cf_jax.runtime import optim, sharding, telemetry
 from cf_jax.types import Rollout, TrainState, View
 
 SPLITS = ("train", "dev", "test")
+_PROBED_VIDEOS = 256  # for the width of time labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def load_samples(
   Args:
     source: "synthetic", or "jsonl:PATH" for a user's manifest. A folder with
       `train.jsonl`, `dev.jsonl`, `test.jsonl` gives the splits; of a single
-      file, the last tenth is `test` and the tenth before it `dev`.
+      file, the last tenth of the videos is `test`, the tenth before it `dev`.
     cache_dir: where generated sets lie.
     synthetic_set: keyword arguments of `synthetic.ensure`.
     seed: generator seed of the built-in set.
@@ -118,22 +120,42 @@ def load_samples(
     )
   path = pathlib.Path(path)
   if path.is_dir():
-    return {
+    made = {
       split: records.load_jsonl(path / f"{split}.jsonl") for split in SPLITS
     }
+    warn_of_shared_videos(made)
+    return made
   everything = records.load_jsonl(path)
-  tenth = len(everything) // 10
+  videos = list(dict.fromkeys(sample.video for sample in everything))
+  tenth = len(videos) // 10
   if tenth < 1:
     raise ValueError(
-      f"{path} has {len(everything)} lines, expected at least 10 to hold out"
+      f"{path} has {len(videos)} videos, expected at least 10 to hold out"
       " a dev and a test tenth; give a folder with train.jsonl, dev.jsonl and"
       " test.jsonl in config.data.source"
     )
-  return {
-    "train": everything[: -2 * tenth],
-    "dev": everything[-2 * tenth : -tenth],
-    "test": everything[-tenth:],
-  }
+  split_of = dict.fromkeys(videos, "train")
+  split_of |= dict.fromkeys(videos[-2 * tenth :], "dev")
+  split_of |= dict.fromkeys(videos[-tenth:], "test")
+  made = {split: [] for split in SPLITS}
+  for sample in everything:
+    made[split_of[sample.video]].append(sample)
+  return made
+
+
+def warn_of_shared_videos(samples: dict[str, list[records.Sample]]) -> None:
+  """Says so where a held-out split has videos that are trained on."""
+  trained = {sample.video for sample in samples["train"]}
+  for split in ("dev", "test"):
+    shared = trained & {sample.video for sample in samples[split]}
+    if shared:
+      logging.warning(
+        "%d videos of %s are in train too (%s, ...): its accuracy is not held"
+        " out",
+        len(shared),
+        split,
+        min(shared),
+      )
 
 
 def build(
@@ -197,19 +219,28 @@ def build(
 
 
 def longest_prompt(experiment: Experiment) -> int:
-  """Most slots that the wordiest sample's prompt can take.
+  """Most slots that any question's prompt can take.
+
+  Time labels are as wide as the longest of some probed videos makes them.
 
   Raises:
     ValueError: more than `prompt.max_tokens`; it shows before training.
   """
-  wordiest = max(
-    (sample for rows in experiment.samples.values() for sample in rows),
-    key=lambda sample: len(sample.question) + len("".join(sample.options)),
-  )
   duration_s = 0.0
-  with contextlib.suppress(video.VideoError):  # skipped, and counted, later
-    duration_s = video.probe(wordiest.video).duration_s
-  count = experiment.make_views.count_tokens(wordiest, duration_s=duration_s)
+  distinct = {}
+  for sample in itertools.chain(*experiment.samples.values()):
+    distinct.setdefault((sample.question, sample.options), sample)
+  some = list(distinct.values())[:_PROBED_VIDEOS]
+  for sample in some:
+    with contextlib.suppress(video.VideoError):  # skipped, and counted, later
+      duration_s = max(duration_s, video.probe(sample.video).duration_s)
+  count, wordiest = max(
+    (
+      (experiment.make_views.count_tokens(sample, duration_s=duration_s), n)
+      for n, sample in enumerate(distinct.values())
+    )
+  )
+  wordiest = list(distinct.values())[wordiest]
   limit = experiment.config.prompt.max_tokens
   if count > limit:
     raise ValueError(
@@ -237,18 +268,11 @@ def list_skipped(workdir: pathlib.Path, skipped: dict[str, str]) -> None:
 
 
 def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
-  """First 16 hex digits of a SHA-256 over every question, answer and video."""
+  """First 16 hex digits of a SHA-256 over every field of every sample."""
   digest = hashlib.sha256()
   for split, rows in sorted(samples.items()):
     for row in rows:
-      said = (
-        split,
-        row.id,
-        pathlib.Path(row.video).name,
-        row.question,
-        row.options,
-        row.answer,
-      )
+      said = (split, *row._replace(video=pathlib.Path(row.video).name))
       digest.update(repr(said).encode())
   return digest.hexdigest()[:16]
 

@@ -15,7 +15,7 @@ import optax
 from absl import logging
 
 from cf_jax import masked, policy
-from cf_jax.data import prompts, records
+from cf_jax.data import answers, prompts, records
 from cf_jax.programs import evaluate
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
@@ -68,7 +68,15 @@ def target_rollout(
     answer = sample.answer
     if answer_form == "text" and sample.kind == "multiple_choice":
       answer = sample.options[string.ascii_uppercase.index(answer)]
-    ids = tokenizer.encode(prompts.target_text(sample.reasoning, answer))
+    text = prompts.target_text(sample.reasoning, answer)
+    read = answers.parse_completion(text).answer
+    chosen = sample.kind == "multiple_choice"
+    if chosen and answers.accuracy(read, sample) != 1:
+      raise ValueError(
+        f"the target of sample {sample.id!r}, {text!r}, would be read as a"
+        " wrong answer; change the sample, or config.sft.answer_form"
+      )
+    ids = tokenizer.encode(text)
     ids.append(tokenizer.eos_id)
     if len(ids) > max_tokens:
       raise ValueError(
@@ -183,6 +191,12 @@ def cold_start(
       logging.info("cold start: done at update %d", first)
       return state
     logging.info("cold start: continues at update %d", first)
+  target_rollout(  # a target that does not fit shows before training
+    experiment.tokenizer,
+    experiment.samples["train"],
+    experiment.config.sampling.max_tokens,
+    answer_form=config.answer_form,
+  )
   sft_step = make_sft_step(experiment, optimizer, shardings)
   timer = telemetry.PhaseTimer()
 

@@ -8,6 +8,7 @@ Axes: `B` videos, `G` completions per video, `V` views, `C` completion slots.
 
 import json
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import optax
 from absl import logging
 
 from cf_jax import grpo, masked, policy, report, rewards, sampling, views
-from cf_jax.data import answers
+from cf_jax.data import answers, prompts
 from cf_jax.models import vlm
 from cf_jax.programs import evaluate, sft
 from cf_jax.programs import experiment as experiment_lib
@@ -168,7 +169,7 @@ def make_reward_step(experiment: experiment_lib.Experiment):
 def grpo_loss(
   params: Any, batch: Experience, *, model, grid, banned, loss: dict
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Clipped policy loss plus k3 KL to the reference (METHOD: 1.2)."""
+  """Clipped policy loss plus k3 KL to the reference (docs/method.md)."""
   num_slots = batch.view.frame.shape[1]
   encoded = policy.encode_frames(
     model, params, batch.pixel[:, :num_slots], grid=grid
@@ -260,6 +261,9 @@ def reinforce(
   sample_rng = jax.random.fold_in(
     jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.rng))), 1
   )
+  cite_tolerance_s = prompts.label_tolerance_s(
+    experiment.config.prompt.build.time_format
+  )
   timer = telemetry.PhaseTimer()
 
   with (
@@ -312,6 +316,7 @@ def reinforce(
             token,
             mask,
             frame_time_s=frame_time_s,
+            cite_tolerance_s=cite_tolerance_s,
           )._asdict()
         )
         evidence = answers.evidence_keyframes(samples, frame_time_s)
@@ -404,19 +409,17 @@ def rollout_records(
     experiment.tokenizer, token[:1], mask[:1]
   )[0]
   seconds = prepared.frame_time_s[0, :num_slots]
+  shown = prepared.view["keyframes"].prompt
+  prompt = re.sub(  # a frame is one pad here, not one for each visual token
+    r"(<\|(?:image|video)_pad\|>)+",
+    r"\1",
+    experiment.tokenizer.decode(shown.token[0][shown.mask[0]]),
+  )
   return [
     {
       "sample_id": sample.id,
       "task": sample.task,
-      "prompt": "\n".join(
-        [
-          sample.question,
-          *(
-            f"{chr(65 + i)}. {option}"
-            for i, option in enumerate(sample.options)
-          ),
-        ]
-      ),
+      "prompt": prompt,
       "answer": sample.answer,
       "completion": text,
       "rewards": {
@@ -447,6 +450,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   # -- data, tokenizer, policy
   experiment = experiment_lib.build(config, workdir)
+  check_same_data(experiment.data_hash, workdir)
   telemetry.write_manifest(
     workdir,
     config=config,
@@ -493,8 +497,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     experiment, experiment.samples["test"], config.evaluation.arms, **limits
   )
   judged = {
-    "sft": test.run(sft_params),
-    "rl": test.run(rl_params),
+    "sft": test.run(sft_params, show_progress=True),
+    "rl": test.run(rl_params, show_progress=True),
   }
   rows = [
     row for stage, found in judged.items() for row in test.rows(found, stage)
@@ -532,7 +536,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def goals(rows: Sequence[dict], chance: dict[str, float]) -> list[dict]:
-  """The three things a run is meant to show, in points of accuracy."""
+  """What a run is meant to show, in points of accuracy."""
   at = {
     (row["stage"], row["view"], row["task"]): row["accuracy"] for row in rows
   }
@@ -543,7 +547,13 @@ def goals(rows: Sequence[dict], chance: dict[str, float]) -> list[dict]:
     value = 100 * (at[high] - at[low])
     return [{"name": name, "value": value, "goal": goal, "met": value >= goal}]
 
-  return [
+  inside = [
+    100
+    * min(row["high"] - chance[row["task"]], chance[row["task"]] - row["low"])
+    for row in rows
+    if (row["stage"], row["view"]) == ("rl", "blind")
+  ]
+  made = [
     *gap(
       "KF-GRPO over the cold start (all tasks)",
       10.0,
@@ -563,6 +573,16 @@ def goals(rows: Sequence[dict], chance: dict[str, float]) -> list[dict]:
       ("rl", "shuffled", "order"),
     ),
   ]
+  if inside:
+    made.append(
+      {
+        "name": "blind policy: chance inside its interval in every task",
+        "value": min(inside),
+        "goal": 0.0,
+        "met": min(inside) >= 0,
+      }
+    )
+  return made
 
 
 def check_same_config(
@@ -585,6 +605,22 @@ def check_same_config(
     raise ValueError(
       f"{workdir} holds a run of another config: {'; '.join(differ[:5])};"
       " give another --workdir or the same settings"
+    )
+
+
+def check_same_data(data_hash: str, workdir: pathlib.Path) -> None:
+  """A workdir belongs to one data set.
+
+  Raises:
+    ValueError: its run was started on other samples.
+  """
+  if not (workdir / telemetry.MANIFEST_FILE).exists():
+    return
+  there = telemetry.read_manifest(workdir)["data_hash"]
+  if there != data_hash:
+    raise ValueError(
+      f"{workdir} holds a run on other data (hash {there}, now {data_hash});"
+      " give another --workdir, or the data of config.data.source as it was"
     )
 
 

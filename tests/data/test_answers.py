@@ -416,7 +416,7 @@ def test_judge(tokenizer):
 
 
 def test_answer_span_across_tokens_and_broken_characters():
-  span = answers._answer_tokens
+  span = answers.answer_tokens
   # Tokens that straddle the tags count where a byte of the answer is in them.
   pieces = [b"<ans", b"wer> B", b".", b" </", b"answer>"]
   assert span(pieces).tolist() == [False, True, True, False, False]

@@ -45,6 +45,49 @@ def test_a_ramp_of_light_is_found(videos):
     assert probe.accuracy - probe.chance > probe.half_interval, name
 
 
+def test_a_clock_in_a_corner_is_found(videos):
+  specs, frames = videos
+  frames = frames.copy()
+  clock = np.linspace(0, 255, frames.shape[1]).astype(np.uint8)
+  frames[:, :, :4, :4] = clock[:, None, None, None]
+  found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
+  for name in (
+    "which of two frames came first",
+    "which of two events came first",
+    "a frame's half of the video",
+  ):
+    probe = found[name]
+    assert probe.accuracy - probe.chance > probe.half_interval, name
+
+
+def test_a_favourite_colour_is_found(videos):
+  specs, frames = videos
+  changed = [
+    spec._replace(answer="ABCD"[spec.options.index("red")])
+    if "red" in spec.options
+    else spec
+    for spec in specs
+  ]
+  found = shortcuts.shortcut_probes(changed, frames, np.random.default_rng(0))
+  for task in ("needle", "order"):
+    probe = found[f"{task}: question and options"]
+    assert probe.accuracy - probe.chance > probe.half_interval, task
+
+
+def test_a_telling_middle_frame_is_found():
+  specs = synthetic.make_specs("test", 240, seed=0, tasks=("needle",))
+  frames = np.zeros((240, 96, 16, 16, 3), np.uint8)
+  found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
+  probe = found["needle: one middle frame"]
+  assert abs(probe.accuracy - probe.chance) < probe.half_interval
+  for spec, pixel in zip(specs, frames):
+    right = spec.options[synthetic.LETTERS.index(spec.answer)]
+    pixel[48, :4, :4] = synthetic.PALETTE[right]
+  found = shortcuts.shortcut_probes(specs, frames, np.random.default_rng(0))
+  probe = found["needle: one middle frame"]
+  assert probe.accuracy - probe.chance > probe.half_interval
+
+
 def test_a_favourite_letter_and_telling_times_are_found(videos):
   specs, frames = videos
   changed = [

@@ -32,9 +32,12 @@ def test_balanced_is_a_full_factorial_and_a_fair_rest():
     assert count.max() - count.min() <= 1
 
 
-@pytest.mark.parametrize("count", [720, 100])
-def test_letters_and_contents_are_balanced_per_task(count):
-  rows = synthetic.make_specs("dev", count, seed=2)
+@pytest.mark.parametrize("split", synthetic.SPLITS)
+@pytest.mark.parametrize(
+  ("count", "num_colours"), [(720, 4), (100, 4), (96, 6)]
+)
+def test_letters_and_contents_are_balanced_per_task(split, count, num_colours):
+  rows = synthetic.make_specs(split, count, seed=2, num_colours=num_colours)
   tasks = collections.Counter(spec.task for spec in rows)
   assert max(tasks.values()) - min(tasks.values()) <= 1
   for task in synthetic.TASKS:
@@ -43,7 +46,7 @@ def test_letters_and_contents_are_balanced_per_task(count):
     right = collections.Counter(_right(spec) for spec in some)
     for seen, num in (
       (letters, len(some[0].options)),
-      (right, 3 if task == "count" else 6),
+      (right, 3 if task == "count" else num_colours),
     ):
       assert len(seen) == num
       assert max(seen.values()) - min(seen.values()) <= 1
@@ -55,24 +58,43 @@ def _right(spec):
 
 def test_answers_follow_from_the_events(specs):
   for spec in specs:
-    colours = [event.colour for event in spec.events]
-    said = spec.options[synthetic.LETTERS.index(spec.answer)]
-    assert spec.reasoning == f"{' '.join(colours)}, {said}"
+    shapes = [event for event in spec.events if event.shape in synthetic.SHAPES]
+    colours = [event.colour for event in shapes]
+    assert [spec.events[n] for n in spec.relevant] == shapes
+    assert set(colours) <= set(list(synthetic.PALETTE)[:4])
+    for event in spec.events:
+      assert (event.colour == "") == (event.shape == synthetic.CUTAWAY)
+    assert spec.reasoning == " ".join(colours)
     assert len(set(spec.options)) == len(spec.options)
     right = _right(spec)
-    relevant = [colours[n] for n in spec.relevant]
     if spec.task == "needle":
-      assert [o for o in spec.options if o in colours] == [right] == relevant
-      assert len(spec.options) == 4 and len(set(colours)) == 3
+      assert spec.question == "Which colour is the shape?"
+      assert [o for o in spec.options if o in colours] == [right] == colours
+      assert len(spec.options) == 4
     elif spec.task == "order":
-      assert len(set(colours)) == 3
-      assert sorted(spec.options) == sorted(relevant)
-      assert min(spec.options, key=colours.index) == right
+      assert spec.question == "Which colour appears first?"
+      assert len(set(colours)) == len(colours) == 2
+      assert set(colours) <= set(spec.options) and len(spec.options) == 4
+      assert min(spec.options, key=[*colours, *spec.options].index) == right
     else:
-      name = spec.question.split()[5]
-      assert colours.count(name) == int(right) == len(relevant)
+      assert spec.question == "How many shapes appear?"
+      assert len(colours) == int(right)
       assert sorted(spec.options) == ["1", "2", "3"]
-      assert set(relevant) == {name}
+
+
+def test_the_number_of_events_is_the_same_in_every_video(specs):
+  """So it does not tell the task, nor how many of them are shapes."""
+  assert {len(spec.events) for spec in specs} == {3}
+  shapes = collections.Counter(
+    (spec.task, len(spec.relevant)) for spec in specs
+  )
+  assert shapes == {
+    ("needle", 1): 240,
+    ("order", 2): 240,
+    ("count", 1): 80,
+    ("count", 2): 80,
+    ("count", 3): 80,
+  }
 
 
 def test_relevant_events_are_balanced(specs):
@@ -80,6 +102,29 @@ def test_relevant_events_are_balanced(specs):
     seen = collections.Counter(s.relevant for s in specs if s.task == task)
     assert len(seen) == num
     assert max(seen.values()) - min(seen.values()) <= 1
+  seen = collections.Counter(s.relevant for s in specs if s.task == "count")
+  assert len(seen) == 3 + 3 + 1 and seen[0, 1, 2] == 80
+  for relevant in set(seen) - {(0, 1, 2)}:  # drawn: 80 / 3, give or take
+    assert abs(seen[relevant] - 80 / 3) < 4 * (80 * 2 / 9) ** 0.5
+
+
+def test_wrong_options_of_order_tell_nothing(specs):
+  """The second colour, too, stands under every letter and is any colour."""
+  some = [spec for spec in specs if spec.task == "order"]
+  for first in list(synthetic.PALETTE)[:4]:
+    second = collections.Counter(
+      spec.reasoning.split()[1]
+      for spec in some
+      if spec.reasoning.split()[0] == first
+    )
+    assert len(second) == 3
+    assert abs(np.array(list(second.values())) - 20).max() < 4 * 20**0.5
+  place = collections.Counter(
+    (spec.answer, spec.options.index(spec.reasoning.split()[1]))
+    for spec in some
+  )
+  assert len(place) == 4 * 3
+  assert abs(np.array(list(place.values())) - 20).max() < 4 * 20**0.5
 
 
 def test_times_keep_their_distances(specs):
@@ -127,15 +172,53 @@ def test_pictures(specs):
   pixel = synthetic.render(spec)
   assert pixel.shape == (96, 64, 64, 3) and pixel.dtype == np.uint8
   np.testing.assert_array_equal(pixel, synthetic.render(spec))
-  for event in spec.events:
-    name = np.array(synthetic.PALETTE[event.colour])
-    for frame in pixel[event.start : event.stop]:
-      # Light scales all channels; the shape is its colour times that.
-      near = abs(frame / max(frame.max(), 1) - name / name.max()).max(axis=2)
-      assert np.mean(near < 0.15) > 0.04
   change = abs(np.diff(pixel.astype(int), axis=0)).mean(axis=(1, 2, 3))
   sudden = {*spec.cuts, *spec.flickers, *(f + 1 for f in spec.flickers)}
   assert int(change.argmax()) + 1 in sudden
+
+
+def test_pictures_of_shapes_and_of_cutaways(specs):
+  """Against the same video whose events last no frame."""
+  seen = collections.Counter()
+  for spec in specs[:24]:
+    pixel = synthetic.render(spec)
+    bare = synthetic.render(
+      spec._replace(events=tuple(e._replace(stop=e.start) for e in spec.events))
+    )
+    changed = np.any(pixel != bare, axis=3)
+    inside = np.zeros(spec.num_frames, dtype=bool)
+    for event in spec.events:
+      seen[event.shape] += 1
+      shown = slice(event.start, event.stop)
+      inside[shown] = True
+      if event.shape == synthetic.CUTAWAY:
+        # All of the picture, and no shape: nothing flat in a shape's colour.
+        assert np.all(changed[shown].mean(axis=(1, 2)) > 0.9)
+        for frame in pixel[shown]:
+          for name in synthetic.PALETTE:
+            assert _flat_share(frame, _near(frame, name)) < 0.02
+        continue
+      for frame, mask in zip(pixel[shown], changed[shown]):
+        assert 0.04 < np.mean(mask) < 0.4
+        # Light scales all channels; the shape is its colour times that.
+        assert np.mean(_near(frame, event.colour)) > 0.04
+        assert np.all(_near(frame, event.colour)[mask])
+        assert _flat_share(frame, mask) == np.mean(mask)
+    assert not changed[~inside].any()
+  assert set(seen) == {*synthetic.SHAPES, synthetic.CUTAWAY}
+
+
+def _near(frame, name):
+  """bool[H, W]: pixels of one colour of the palette under any light."""
+  colour = np.array(synthetic.PALETTE[name])
+  top = np.maximum(frame.max(axis=2, keepdims=True), 1)
+  return abs(frame / top - colour / colour.max()).max(axis=2) < 0.15
+
+
+def _flat_share(frame, where):
+  """Share of the picture that has the commonest of the colours there."""
+  _, count = np.unique(frame[where], axis=0, return_counts=True)
+  return count.max(initial=0) / where.size
 
 
 def test_largest_change_is_seldom_an_event(specs):

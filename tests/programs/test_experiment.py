@@ -27,12 +27,18 @@ def _load(source):
 
 @pytest.fixture
 def manifest(tmp_path, write_video):
-  """Writes `count` lines about one video."""
-  write_video(tmp_path / "a.mp4", np.zeros((4, 64, 64, 3), np.uint8))
+  """Writes `count` lines, each about `videos` videos in turn."""
+  for n in range(25):
+    write_video(tmp_path / f"{n}.mp4", np.zeros((4, 64, 64, 3), np.uint8))
 
-  def write(name, count):
+  def write(name, count, videos=25):
     lines = [
-      dict(video="a.mp4", question=f"q{n}", options=["x", "y"], answer="A")
+      dict(
+        video=f"{n % videos}.mp4",
+        question=f"q{n}",
+        options=["x", "y"],
+        answer="A",
+      )
       for n in range(count)
     ]
     path = tmp_path / name
@@ -53,6 +59,15 @@ def test_a_single_manifest_is_split_by_tenths(manifest):
   assert questions == [f"q{n}" for n in range(25)]
 
 
+def test_questions_about_one_video_stay_in_one_split(manifest):
+  found = _load(f"jsonl:{manifest('all.jsonl', 60, videos=20)}")
+  videos = {split: {row.video for row in rows} for split, rows in found.items()}
+  assert [len(videos[s]) for s in experiment_lib.SPLITS] == [16, 2, 2]
+  assert [len(found[s]) for s in experiment_lib.SPLITS] == [48, 6, 6]
+  assert not videos["train"] & (videos["dev"] | videos["test"])
+  assert not videos["dev"] & videos["test"]
+
+
 def test_a_folder_gives_the_splits(manifest, tmp_path):
   for split, count in (("train", 3), ("dev", 1), ("test", 2)):
     manifest(f"{split}.jsonl", count)
@@ -64,7 +79,7 @@ def test_a_folder_gives_the_splits(manifest, tmp_path):
 
 
 def test_bad_sources(manifest):
-  with pytest.raises(ValueError, match="9 lines, expected at least 10"):
+  with pytest.raises(ValueError, match="9 videos, expected at least 10"):
     _load(f"jsonl:{manifest('few.jsonl', 9)}")
   for source in ("synthetic2", "jsonl:", "csv:a.csv", ""):
     with pytest.raises(ValueError, match="change config.data.source"):
@@ -159,8 +174,8 @@ def _same(left, right):
   return all(
     np.array_equal(a, b)
     for a, b in zip(
-      jax.tree.leaves((left.view, left.pixel)),
-      jax.tree.leaves((right.view, right.pixel)),
+      jax.tree.leaves((left.view, left.frames)),
+      jax.tree.leaves((right.view, right.frames)),
       strict=True,
     )
   )
@@ -215,7 +230,7 @@ def test_answers_of_a_view_are_greedy_and_stop(experiment):
   with _stream(experiment) as stream:
     prepared, _ = next(stream)
   encoded = experiment_lib.make_encode_step(experiment)(
-    params, experiment.put(prepared.pixel)
+    params, experiment.put(experiment.make_views.patches(prepared.frames))
   )
   assert encoded.shape == (4, 9, 2, 32)
   answer = experiment_lib.make_answer_step(experiment, max_tokens=5)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from cf_jax import policy
-from cf_jax.data import answers, prompts, records
+from cf_jax.data import answers, prompts, records, synthetic
 from cf_jax.programs import sft
 from cf_jax.types import Rollout, TrainState
 
@@ -29,65 +29,57 @@ def _sample(**changes):
   return records.Sample(**(fields | changes))
 
 
-def _targets(tokenizer, samples, num_targets=1, max_tokens=24):
-  return sft.make_targets(
-    tokenizer, samples, num_targets=num_targets, max_tokens=max_tokens
+def _targets(tokenizer, samples, max_tokens=24, answer_form="letter"):
+  return sft.target_rollout(
+    tokenizer, samples, max_tokens, answer_form=answer_form
   )
 
 
-def test_targets_are_read_back_as_right(tiny):
+@pytest.mark.parametrize(
+  ("answer_form", "said"), [("letter", "B"), ("text", "green")]
+)
+def test_targets_are_read_back_as_right(tiny, answer_form, said):
   samples = [
     _sample(),
     _sample(id="b", reasoning=""),
     _sample(options=(), answer="grass", kind="free_form"),
   ]
-  target, loss_mask = _targets(tiny, samples)
+  target = _targets(tiny, samples, answer_form=answer_form)
   assert target.token.shape == (3, 1, 24) and target.finished.all()
   assert target.mask.dtype == bool and target.token.dtype == np.int32
-  np.testing.assert_array_equal(loss_mask, target.mask)
-  for row, sample in enumerate(samples):
+  for row, (sample, answer) in enumerate(zip(samples, (said, said, "grass"))):
     real = target.token[row, 0][target.mask[row, 0]]
     assert real[-1] == tiny.eos_id and tiny.eos_id not in real[:-1]
     text = tiny.decode(real[:-1])
-    assert text == prompts.target_text(sample.reasoning, sample.answer)
+    assert text == prompts.target_text(sample.reasoning, answer)
     assert answers.is_correct(text, sample)
     assert np.all(np.diff(target.mask[row, 0].astype(int)) <= 0)
   assert np.all(target.token[~target.mask] == tiny.eos_id)
 
 
-def test_conclusions_by_hand():
-  sample = _sample(reasoning="red then green")
-  assert sft.conclusions(sample, 9) == [
-    ("red then green", "B"),
-    ("red then red", "A"),
-    ("red then blue", "C"),
-  ]
-  assert sft.conclusions(sample, 2) == [
-    ("red then green", "B"),
-    ("red then red", "A"),
-  ]
-  for other in (
-    _sample(reasoning="green then red"),
-    _sample(reasoning=""),
+@pytest.mark.parametrize("answer_form", ["letter", "text"])
+def test_targets_of_the_built_in_set_are_right(tiny, answer_form):
+  samples = [
     _sample(
-      options=(), answer="green", kind="free_form", reasoning="it is green"
-    ),
-  ):
-    assert sft.conclusions(other, 9) == [(other.reasoning, other.answer)]
+      id=spec.id,
+      question=spec.question,
+      options=spec.options,
+      answer=spec.answer,
+      reasoning=spec.reasoning,
+    )
+    for spec in synthetic.make_specs("train", 48, seed=0)
+  ]
+  target = _targets(tiny, samples, answer_form=answer_form)
+  for row, sample in enumerate(samples):
+    real = target.token[row, 0][target.mask[row, 0]]
+    parsed = answers.parse_completion(tiny.decode(real[:-1]))
+    assert parsed.well_formed and parsed.reasoning == sample.reasoning
+    assert answers.accuracy(parsed.answer, sample) == 1
 
 
-def test_other_conclusions_carry_loss_on_their_answers_only(tiny):
-  samples = [_sample(reasoning="red green"), _sample(reasoning="green red")]
-  target, loss_mask = _targets(tiny, samples, num_targets=4)
-  assert target.token.shape == loss_mask.shape == (2, 4, 24)
-  # The second sample has its true target alone, the first one of 3 options.
-  np.testing.assert_array_equal(
-    target.mask.any(axis=-1), [[1, 1, 1, 0], [1, 0, 0, 0]]
-  )
-  np.testing.assert_array_equal(loss_mask[:, 0], target.mask[:, 0])
-  for g, letter in ((1, "A"), (2, "C")):
-    assert tiny.decode(target.token[0, g][loss_mask[0, g]]) == letter
-  assert not loss_mask[0, 3].any() and not loss_mask[1, 1:].any()
+def test_an_unknown_form_of_answers_names_its_setting(tiny):
+  with pytest.raises(ValueError, match=r"'number'.*config\.sft\.answer_form"):
+    _targets(tiny, [_sample()], answer_form="number")
 
 
 def test_a_target_is_never_cut(tiny):
@@ -99,26 +91,23 @@ def test_a_target_is_never_cut(tiny):
 
 
 def test_a_target_may_fill_every_slot(tiny):
-  count = int(_targets(tiny, [_sample()], max_tokens=64)[0].mask.sum())
-  full, _ = _targets(tiny, [_sample()], max_tokens=count)
+  count = int(_targets(tiny, [_sample()], max_tokens=64).mask.sum())
+  full = _targets(tiny, [_sample()], max_tokens=count)
   assert full.mask.all() and full.token[0, 0, -1] == tiny.eos_id
   with pytest.raises(ValueError, match=f"limit is {count - 1}"):
     _targets(tiny, [_sample()], max_tokens=count - 1)
 
 
-def test_loss_is_over_the_true_targets_tokens(scene):
+def test_loss_is_over_the_targets_tokens(scene):
   rng = np.random.default_rng(0)
-  length = np.array([[5, 4], [2, 0], [3, 5]])
-  mask = np.arange(5) < length[:, :, None]
-  loss_mask = mask.copy()
-  loss_mask[:, 1] &= np.arange(5) == 3  # one token of the other target
+  mask = np.arange(5) < np.array([5, 2, 3])[:, None, None]
   target = Rollout(
-    token=jnp.asarray(rng.integers(1, 7, (3, 2, 5)), jnp.int32),
+    token=jnp.asarray(rng.integers(1, 7, (3, 1, 5)), jnp.int32),
     mask=jnp.asarray(mask),
-    logprob=jnp.zeros((3, 2, 5)),
-    finished=jnp.ones((3, 2), bool),
+    logprob=jnp.zeros((3, 1, 5)),
+    finished=jnp.ones((3, 1), bool),
   )
-  batch = sft.Targets(scene.view, scene.pixel[:, :2], target, loss_mask)
+  batch = sft.Targets(scene.view, scene.pixel[:, :2], target)
   run = jax.jit(
     lambda batch: sft.sft_loss(
       scene.params,
@@ -128,20 +117,18 @@ def test_loss_is_over_the_true_targets_tokens(scene):
       banned=scene.banned,
     )
   )
+
+  @jax.jit
+  def each():
+    encoded = policy.encode_frames(
+      scene.config, scene.params, scene.pixel, grid=scene.grid
+    )
+    return policy.completion_logprobs(
+      scene.config, scene.params, scene.view, encoded, target, scene.banned
+    )[0]
+
   loss, metrics = run(batch)
-  encoded = policy.encode_frames(
-    scene.config, scene.params, scene.pixel, grid=scene.grid
-  )
-  logprob, _ = policy.completion_logprobs(
-    scene.config, scene.params, scene.view, encoded, target, scene.banned
-  )
-  logprob = np.asarray(logprob)
-  np.testing.assert_allclose(
-    loss, -logprob[loss_mask].sum() / mask[:, 0].sum(), rtol=1e-5
-  )
-  np.testing.assert_allclose(
-    metrics["loss_true"], -logprob[:, 0][mask[:, 0]].mean(), rtol=1e-5
-  )
+  np.testing.assert_allclose(loss, -np.asarray(each())[mask].mean(), rtol=1e-5)
   assert metrics["loss"] == loss and 0 < metrics["entropy"] < np.log(40)
   # What fills the slots behind a target does not shift it.
   junk = target.replace(token=jnp.where(target.mask, target.token, 9))

@@ -262,12 +262,13 @@ def test_a_complete_run_is_left_alone(workdir, cache_dir, caplog):
 
 def test_another_config_is_refused(workdir, cache_dir):
   config = _config(cache_dir).unlock()
+  before = config.rl.optim.learning_rate
   config.rl.optim.learning_rate = 1.0
   config.sampling.num_completions = 3
   with pytest.raises(ValueError, match="another config") as caught:
     train.run(config.lock(), workdir)
   said = str(caught.value)
-  assert "rl.optim.learning_rate (there 0.0002, now 1.0)" in said
+  assert f"rl.optim.learning_rate (there {before}, now 1.0)" in said
   assert "sampling.num_completions (there 2, now 3)" in said
   assert "--workdir" in said and "prompts_per_step" not in said
 
