@@ -266,7 +266,9 @@ def _frame_row(
       pad=3,
       fontweight="normal",
     )
-    hit = any(start <= second <= end for start, end, _ in events)
+    hit = any(
+      start <= second < max(end, start + 1e-9) for start, end, _ in events
+    )
     for spine in axes.spines.values():
       spine.set_visible(True)
       spine.set_edgecolor(_AMBER if hit else _RULE)

@@ -164,7 +164,14 @@ def test_results(workdir):
     assert row["count"] == 10 or row["task"] != "all"
   assert set(results["chance"]) == tasks
   assert all(0 < value <= 0.5 for value in results["chance"].values())
-  assert len(results["goals"]) == 3
+  assert [goal["name"].split(":")[0] for goal in results["goals"]] == [
+    "KF-GRPO over the cold start (all tasks)",
+    "needle",
+    "order",
+    "blind policy",
+  ]
+  for goal in results["goals"]:
+    assert goal["met"] == (goal["value"] >= goal["goal"])
   assert results["probes"] == {}  # turned off; the smoke run has them
   # Every accuracy follows from the completions that are kept beside it.
   predictions = _rows(workdir / "predictions.jsonl")
