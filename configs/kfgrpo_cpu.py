@@ -161,7 +161,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "blind",
     ),
   )
-  config.report = dict(num_film_strips=6, num_rollouts=8, probe_videos=300)
+  config.report = dict(num_film_strips=6, num_rollouts=8, probe_videos=768)
 
   if arg == "smoke":
     config.data.synthetic.update(num_train=64, num_dev=16, num_test=48)
