@@ -18,29 +18,10 @@ import time
 
 import numpy as np
 
+from cf_jax.programs import train
+
 # Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-GAPS = (
-  (
-    "KF-GRPO over the cold start, all tasks",
-    ("rl", "keyframes", "all"),
-    ("sft", "keyframes", "all"),
-    10,
-  ),
-  (
-    "needle: TAD over uniform frames",
-    ("rl", "keyframes", "needle"),
-    ("rl", "uniform", "needle"),
-    15,
-  ),
-  (
-    "order: ordered over shuffled keyframes",
-    ("rl", "keyframes", "order"),
-    ("rl", "shuffled", "order"),
-    15,
-  ),
-)
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
@@ -72,10 +53,10 @@ def table(runs: list[dict]) -> str:
     "| gap | measured | goal | each seed |",
     "|---|---|---|---|",
   ]
-  for name, high, low, goal in GAPS:
+  for name, goal, high, low in train.GAPS:
     gaps = [a[high]["accuracy"] - a[low]["accuracy"] for a in at]
     each = ", ".join(f"{100 * gap:.1f}" for gap in gaps)
-    lines.append(f"| {name} | {show(gaps)} | ≥ {goal} | {each} |")
+    lines.append(f"| {name} | {show(gaps)} | ≥ {goal:g} | {each} |")
   lines += [
     "",
     "| stage | view | " + " | ".join(tasks) + " |",
