@@ -22,13 +22,23 @@ PACKAGE = ROOT / "cf_jax"
 FLOORS = (
   ("types", "masked"),
   ("tad", "selectors", "rewards", "grpo", "data.", "evals."),
-  ("models.",),
+  ("models.", "runtime.sharding"),  # parameters and where they lie
   ("policy", "sampling", "views", "runtime.", "report"),
   ("programs.",),
   ("main",),
 )
 ORDER = {
-  "models": ("config", "rope", "vision", "decoder", "vlm", "hf_weights"),
+  "models": (
+    "config",
+    "rope",
+    "layers",
+    "vision",
+    "decoder",
+    "vlm",
+    "lora",
+    "hf_config",
+    "hf_weights",
+  ),
   "data": (
     "video",
     "patches",

@@ -86,7 +86,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(scene, visual, sample):
   mask, position = np.zeros((3, width), bool), np.zeros((3, 3, width), int)
   token[:, :-C], visual_index[:, :-C] = prompt.token, prompt.visual
   mask[:, :-C], position[:, :, :-C] = prompt.mask, prompt.position
-  forward = jax.jit(functools.partial(vlm.forward, scene.config))
+  forward = jax.jit(functools.partial(vlm.sequence_logits, scene.config))
   following = 1 + position.max(axis=(1, 2))
   for step in range(C):
     logits = forward(scene.params, token, position, mask, visual_index, visual)
@@ -188,7 +188,7 @@ def test_sampled_shares_are_the_probabilities(scene, visual, generate):
     top_p=1.0,
     top_k=0,
   )
-  logits = vlm.forward(
+  logits = vlm.sequence_logits(
     scene.config,
     scene.params,
     prompt.token,

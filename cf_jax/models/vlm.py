@@ -224,7 +224,7 @@ def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
   return decoder.logits(config, params["decoder"], hidden)
 
 
-def forward(
+def sequence_logits(
   config: VLMConfig,
   params: dict,
   token: jax.Array,

@@ -7,10 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
-def path_of(key_path: tuple) -> str:
-  """A leaf's path in words: `decoder/layers/query/kernel`."""
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+from cf_jax.runtime import sharding
 
 
 def matches(params: Any, patterns: tuple[str, ...]) -> Any:
@@ -23,7 +20,7 @@ def matches(params: Any, patterns: tuple[str, ...]) -> Any:
   used = set()
 
   def match(key_path, _):
-    hits = [p for p in patterns if re.search(p, path_of(key_path))]
+    hits = [p for p in patterns if re.search(p, sharding.path_of(key_path))]
     used.update(hits)
     return bool(hits)
 
@@ -106,7 +103,7 @@ def make_optimizer(
   def decayed(tree):
     return jax.tree_util.tree_map_with_path(
       lambda key_path, _: (
-        not any(re.search(p, path_of(key_path)) for p in no_decay)
+        not any(re.search(p, sharding.path_of(key_path)) for p in no_decay)
       ),
       tree,
     )

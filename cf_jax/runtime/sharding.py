@@ -15,8 +15,6 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cf_jax.runtime import optim
-
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = P(("data", "fsdp"))
 
@@ -36,6 +34,11 @@ PARTITION_RULES = (
 )
 # What a TrainState holds beside parameters and their moments.
 STATE_RULES = (*PARTITION_RULES, (r"(^|/)(rng|step|count)$", P()))
+
+
+def path_of(key_path: tuple) -> str:
+  """A leaf's path in words: `decoder/layers/query/kernel`."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
@@ -83,7 +86,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: tuple) -> Any:
   """
 
   def shard(key_path, leaf):
-    spec = spec_for(optim.path_of(key_path), leaf.shape, rules)
+    spec = spec_for(path_of(key_path), leaf.shape, rules)
     fitted = []
     for size, axis in zip(leaf.shape, spec, strict=False):
       names = (axis,) if isinstance(axis, str) else (axis or ())

@@ -147,7 +147,7 @@ def decoded_logits(config, params, case):
 
 
 PACKED = jax.jit(packed_logits, static_argnums=0)
-FORWARD = jax.jit(vlm.forward, static_argnums=0)
+FORWARD = jax.jit(vlm.sequence_logits, static_argnums=0)
 DECODED = jax.jit(decoded_logits, static_argnums=0)
 
 
@@ -222,7 +222,7 @@ def test_run_settings_change_no_number(config, params, case):
       jax.grad(
         lambda decoder: jnp.sum(
           jnp.sin(
-            vlm.forward(
+            vlm.sequence_logits(
               run,
               {"decoder": decoder},
               case.token,

@@ -8,7 +8,7 @@ import pytest
 
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
-from cf_jax.runtime import optim
+from cf_jax.runtime import optim, sharding
 
 SETTINGS = dict(
   learning_rate=0.1,
@@ -46,7 +46,7 @@ def _update(params, grad, **settings):
 
 def test_path_of():
   paths = [
-    optim.path_of(path)
+    sharding.path_of(path)
     for path, _ in jax.tree_util.tree_leaves_with_path(_params())
   ]
   assert paths == [
@@ -58,7 +58,7 @@ def test_path_of():
   # Optimizer states are tuples and named tuples of trees.
   state = optax.adam(1.0).init({"a": jnp.ones(2)})
   assert {
-    optim.path_of(path)
+    sharding.path_of(path)
     for path, _ in jax.tree_util.tree_leaves_with_path(state)
   } == {"0/count", "0/mu/a", "0/nu/a"}
 
@@ -129,7 +129,7 @@ def test_frozen_parameters_stay_and_have_no_moments():
     np.testing.assert_array_equal(before, after)
   assert np.all(new["decoder"]["dense"]["kernel"] < 3)
   moments = [
-    optim.path_of(path)
+    sharding.path_of(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     if leaf.ndim
   ]
@@ -146,7 +146,7 @@ def test_frozen_parameters_are_not_counted_in_the_norm():
   (mu,) = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if "mu/decoder/dense/bias" in optim.path_of(path)
+    if "mu/decoder/dense/bias" in sharding.path_of(path)
   ]
   np.testing.assert_allclose(mu, 0.1 / np.sqrt(6), rtol=1e-5)  # 6 ones
 
@@ -158,7 +158,7 @@ def test_clipping_by_global_norm():
   moments = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if "mu/" in optim.path_of(path)
+    if "mu/" in sharding.path_of(path)
   ]
   assert len(moments) == 4
   for leaf in moments:  # 12 equal entries

@@ -24,7 +24,7 @@ def _shapes(size):
 @pytest.mark.parametrize("size", model_config.SIZES)
 def test_every_parameter_matches_a_rule(size):
   for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(size)):
-    name = optim.path_of(path)
+    name = sharding.path_of(path)
     spec = sharding.spec_for(name, leaf.shape, sharding.PARTITION_RULES)
     assert len(spec) <= leaf.ndim, name
     if name.endswith("kernel") or name.endswith("embedding"):
@@ -39,7 +39,7 @@ def test_large_models_split_evenly(size):
   whole = split = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(size)):
     spec = sharding.spec_for(
-      optim.path_of(path), leaf.shape, sharding.PARTITION_RULES
+      sharding.path_of(path), leaf.shape, sharding.PARTITION_RULES
     )
     parts = 1
     for length, axis in zip(leaf.shape, spec, strict=False):
@@ -71,7 +71,7 @@ def test_optimizer_state_follows_its_parameters():
   made = sharding.tree_shardings(state, mesh, sharding.STATE_RULES)
   assert jax.tree.structure(made) == jax.tree.structure(state)
   found = {
-    optim.path_of(path): leaf.spec
+    sharding.path_of(path): leaf.spec
     for path, leaf in jax.tree_util.tree_leaves_with_path(made)
   }
   moment = [p for p in found if p.endswith("mu/decoder/embed/embedding")]
