@@ -143,7 +143,9 @@ def write(out: pathlib.Path) -> None:
     "chat_template": CHAT_TEMPLATE,
     "eos_token": "<|im_end|>",
     "pad_token": "<|endoftext|>",
-    "tokenizer_class": "Qwen2Tokenizer",
+    # transformers 5 gives Qwen2Tokenizer Qwen2.5's split whatever the file
+    # says; this class keeps the file's, with the tags.
+    "tokenizer_class": "PreTrainedTokenizerFast",
   }
   (out / "tokenizer_config.json").write_text(
     json.dumps(settings, indent=2) + "\n"

@@ -48,6 +48,20 @@ def num_tokens(grid: Grid, *, merge: int = 2) -> int:
   return grid.height * grid.width // merge**2
 
 
+def check_frames(frames: np.ndarray) -> None:
+  """Raises ValueError for what is not uint8[n, h, w, 3] with n > 0."""
+  if (
+    frames.ndim != 4
+    or not len(frames)
+    or frames.shape[-1] != 3
+    or frames.dtype != np.uint8
+  ):
+    raise ValueError(
+      f"frames must be RGB, uint8[n, h, w, 3], got {frames.dtype}"
+      f"{list(frames.shape)}"
+    )
+
+
 def frames_to_patches(
   frames: np.ndarray,
   *,
@@ -78,11 +92,7 @@ def frames_to_patches(
   Raises:
     ValueError: not uint8 RGB frames, or a size that does not divide.
   """
-  if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-    raise ValueError(
-      f"frames must be uint8[n, h, w, 3], got {frames.dtype}"
-      f"{list(frames.shape)}"
-    )
+  check_frames(frames)
   grid = grid_of(*frames.shape[1:3], patch=patch, merge=merge)
   # A byte has 256 values: normalise them, not the pixels.
   level = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)

@@ -359,14 +359,21 @@ class FrameReader:
 
   Args:
     size_px: (height, width) of the frames.
+    resize: kernel of the resizing, see `video.resize_frame`.
     cache_mib: memory for decoded frames; 0 keeps none.
     num_threads: videos decoded at a time.
   """
 
   def __init__(
-    self, size_px: tuple[int, int], *, cache_mib: int, num_threads: int
+    self,
+    size_px: tuple[int, int],
+    *,
+    resize: video.Resize = "area",
+    cache_mib: int,
+    num_threads: int,
   ):
     self.size_px = tuple(size_px)
+    self._resize = resize
     height, width = self.size_px
     self._capacity = cache_mib * 2**20 // (height * width * 3)
     self._cache = collections.OrderedDict()
@@ -416,7 +423,9 @@ class FrameReader:
     if not missing:
       return
     numbers = sorted(missing)
-    frames, _ = video.read_frames(path, np.array(numbers), self.size_px)
+    frames, _ = video.read_frames(
+      path, np.array(numbers), self.size_px, resize=self._resize
+    )
     for number, frame in zip(numbers, frames):
       out[missing[number]] = frame
     with self._lock:

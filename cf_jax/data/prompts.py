@@ -2,10 +2,13 @@
 
 Axes: `B` prompts, `K` frames shown, `P` visual tokens per frame, `S` slots.
 
-Two doors that stay shut. Text of a user (question, options, system prompt) is
-encoded by a BPE that does not know the added tokens, so a typed
-`<|image_pad|>` stays text. And media are merged by the `visual` index of a
-slot, never by looking for a token id.
+The ids are those of transformers' `apply_chat_template` and processor for a
+message that holds the media first (one video, or times and images in turn) and
+then the text; but for two doors that stay shut. Text of a user (question,
+options, system prompt) is encoded by a BPE that does not know the added tokens,
+so a typed `<|image_pad|>` stays text, where transformers would take it for one.
+And media are merged by the `visual` index of a slot, never by looking for a
+token id.
 
 M-RoPE positions follow what Qwen2.5-VL (arXiv 2502.13923) was trained with.
 Text moves all three axes together. Media start at p = 1 + the maximum of the
@@ -96,6 +99,7 @@ class Tokenizer:
   """The one door between text and ids: `tokenizer.json` and chat template.
 
   Attributes:
+    folder: where its files lie.
     vocab_size: ids in use, added tokens included.
     special: name -> id of the added tokens.
     eos_id: ends a completion.
@@ -122,6 +126,7 @@ class Tokenizer:
       json.dumps(spec | {"added_tokens": []})
     )
     self.vocab_size = 1 + max(self._full.get_vocab(True).values())
+    self.folder = folder
     self.eos_id = self.special[EOS]
     self.pad_id = self.special[PAD]
     self.banned_ids = tuple(sorted(set(self.special.values()) - {self.eos_id}))

@@ -77,4 +77,6 @@ def test_bad_sizes_and_types():
   with pytest.raises(ValueError, match="60 x 56 px.*data.reader.size_px"):
     patches.grid_of(60, 56)
   with pytest.raises(ValueError, match="uint8"):
+    patches.frames_to_patches(np.zeros((0, 56, 56, 3), np.uint8), pair=True)
+  with pytest.raises(ValueError, match="uint8"):
     patches.frames_to_patches(np.zeros((1, 56, 56, 3), np.float32))

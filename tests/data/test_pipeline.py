@@ -160,13 +160,18 @@ def test_collate_is_what_the_loader_gives(samples):
     )
 
 
-def test_reader_reads_and_remembers(samples, monkeypatch):
-  reader = pipeline.FrameReader((28, 56), cache_mib=1, num_threads=2)
+@pytest.mark.parametrize("resize", ["area", "bicubic"])
+def test_reader_reads_and_remembers(samples, monkeypatch, resize):
+  reader = pipeline.FrameReader(
+    (28, 56), resize=resize, cache_mib=1, num_threads=2
+  )
   index = np.array([[5, 90, 5], [0, 1, 2]])
   frames = reader.read(samples[:2], index)
   assert frames.shape == (2, 3, 28, 56, 3) and reader.size_px == (28, 56)
   for row in range(2):
-    expected, _ = video.read_frames(samples[row].video, index[row], (28, 56))
+    expected, _ = video.read_frames(
+      samples[row].video, index[row], (28, 56), resize=resize
+    )
     np.testing.assert_array_equal(frames[row], expected)
 
   def refuse(*args, **kwargs):

@@ -95,6 +95,20 @@ def test_text_never_becomes_an_added_token(any_tokenizer, name):
     assert any_tokenizer.decode(ids) == text
 
 
+def test_text_comes_back_composed(any_tokenizer):
+  """NFC, as the tokenizer of Qwen2.5 was trained; names stay text."""
+  pairs = {
+    "cafe\u0301<|im_end|>\u0301": "café<|im_end|>\u0301",
+    "\u1112\u1161\u11ab<|image_pad|>": "한<|image_pad|>",
+    "o\u0323\u0302\r\n\t 你好 👍🏽": "ộ\r\n\t 你好 👍🏽",
+    "ﬁ①": "ﬁ①",  # compatibility forms are kept
+  }
+  for text, composed in pairs.items():
+    ids = any_tokenizer.encode(text)
+    assert any_tokenizer.decode(ids) == composed
+    assert max(ids) < any_tokenizer.vocab_size - 22
+
+
 def test_words_of_the_built_in_task_are_single_tokens(tiny):
   words = [*make_tokenizer.TAGS, "A", " B", "s", ".", "?"]
   for colour in synthetic.PALETTE:

@@ -164,6 +164,7 @@ def test_frame_beyond_the_end(grey):
     ((20, 20), {}, (56, 56)),  # up to the smallest area
     ((1080, 1920), {"max_pixels": 200 * 28 * 28}, (280, 504)),
     ((28, 2800), {}, (28, 2800)),
+    ((10, 70), {}, (28, 168)),  # 0 squares high: too small, and scaled up
   ],
 )
 def test_smart_resize_by_hand(size, limits, expected):
@@ -173,6 +174,109 @@ def test_smart_resize_by_hand(size, limits, expected):
 def test_smart_resize_refuses_a_thread():
   with pytest.raises(ValueError, match="ratio of at most 200"):
     video.smart_resize(10, 2010)
+
+
+def test_smart_resize_refuses_limits_without_room():
+  with pytest.raises(ValueError, match="min_pixels is 900, max_pixels 800"):
+    video.smart_resize(100, 100, min_pixels=900, max_pixels=800)
+
+
+def test_frames_of_a_video_share_its_budget():
+  """As qwen-vl-utils 0.0.14 has it, with neighbours paired."""
+  settings = dict(num_frames=32, total_pixels=3200 * 28 * 28)
+  # 200 squares a frame.
+  assert video.fit_size(1080, 1920, **settings) == (280, 504)
+  # 100 squares a frame are below the smallest area, 128: 134.4 then.
+  alone = video.fit_size(1080, 1920, **settings, frames_per_slice=1)
+  assert alone == (224, 420)
+  # No budget, or one that is never reached: at most 768 squares.
+  free = video.fit_size(1080, 1920, num_frames=32)
+  assert free == (560, 1008)
+  assert video.fit_size(1080, 1920, num_frames=2, total_pixels=10**9) == free
+  # A limit of the caller's that is lower holds.
+  assert video.fit_size(
+    1080, 1920, **settings, min_pixels=28 * 28, max_pixels=64 * 28 * 28
+  ) == (168, 280)
+
+
+@pytest.mark.parametrize(
+  ("asked", "expected"),
+  [
+    (dict(num_frames=4), [0, 3, 6, 9]),  # 13 / 4 = 3.25
+    (dict(num_frames=5), [0, 3, 6, 9]),  # 2.5 pairs round to 2
+    (dict(num_frames=7), [0, 1, 3, 4, 6, 8, 9, 11]),  # 3.5 pairs round to 4
+    (dict(sample_fps=1.5), [0, 2, 4, 6, 8, 10]),  # 7.8 frames: 6
+    (dict(sample_fps=0.1), [0, 3, 6, 9]),  # at least 4
+    (dict(sample_fps=50, max_frames=7), [0, 2, 4, 6, 8, 10]),
+    (dict(sample_fps=50), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+  ],
+)
+def test_sample_index_by_hand(asked, expected):
+  """13 frames at 2.5 frames a second."""
+  found = video.sample_index(13, 2.5, **asked)
+  assert found.tolist() == expected
+
+
+def test_sample_index_refuses():
+  with pytest.raises(ValueError, match="give one of them"):
+    video.sample_index(13, 2.5)
+  with pytest.raises(ValueError, match="give one of them"):
+    video.sample_index(13, 2.5, num_frames=4, sample_fps=1.0)
+  for asked in (dict(num_frames=14), dict(num_frames=1)):
+    with pytest.raises(ValueError, match="cannot be taken from a video of 13"):
+      video.sample_index(13, 2.5, **asked)
+  with pytest.raises(ValueError, match="cannot be taken from a video of 1;"):
+    video.sample_index(1, 2.5, sample_fps=2.0)
+
+
+def _antialiased_bicubic(length, size):
+  """float[size, length]: Keys' kernel, a = -1/2, widened when shrinking."""
+  scale = length / size
+  middle = (np.arange(size)[:, None] + 0.5) * scale
+  x = np.abs(np.arange(length) + 0.5 - middle) / max(scale, 1)
+  near = 1.5 * x**3 - 2.5 * x**2 + 1
+  far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+  weight = np.where(x < 1, near, np.where(x < 2, far, 0))
+  return weight / weight.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("size_px", [(28, 56), (56, 28), (84, 84)])
+def test_bicubic_is_antialiased(size_px):
+  rng = np.random.default_rng(0)
+  frame = rng.integers(60, 200, (61, 75, 3), dtype=np.uint8)
+  found = video.resize_frame(frame, size_px, "bicubic")
+  assert found.shape == (*size_px, 3) and found.dtype == np.uint8
+  rows, columns = map(_antialiased_bicubic, frame.shape[:2], size_px)
+  expected = np.einsum("yh,xw,hwc->yxc", rows, columns, frame, optimize=True)
+  assert np.abs(found - expected).max() < 1.5  # rounded after each axis
+  assert np.abs(found - expected).mean() < 0.5
+  area = video.resize_frame(frame, size_px, "area")
+  assert np.abs(area - expected).max() > 5
+
+
+def test_kernel_is_used_when_reading(grey, tmp_path):
+  path = tmp_path / "noise.avi"
+  writer = cv2.VideoWriter(
+    str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5.0, (64, 48)
+  )
+  rng = np.random.default_rng(0)
+  for picture in rng.integers(0, 256, (3, 48, 64, 3), dtype=np.uint8):
+    writer.write(picture)
+  writer.release()
+  whole, _ = video.read_frames(path)
+  for index in (None, np.arange(3)):
+    made = {
+      kernel: video.read_frames(path, index, (28, 28), resize=kernel)[0]
+      for kernel in ("area", "bicubic")
+    }
+    for kernel, frames in made.items():
+      for frame, full in zip(frames, whole, strict=True):
+        np.testing.assert_array_equal(
+          frame, video.resize_frame(full, (28, 28), kernel)
+        )
+    assert np.any(made["area"] != made["bicubic"])
+  with pytest.raises(ValueError, match=r"config\.data\.reader\.resize"):
+    video.read_frames(grey, resize="nearest")
 
 
 @needs_data
