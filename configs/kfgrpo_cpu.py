@@ -56,6 +56,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.data.reader = dict(
     size_px=(56, 56),  # height, width at which keyframes are encoded
+    # "area" (OpenCV, faster) or "bicubic" (Pillow, as Qwen2.5-VL's processor)
+    resize="area",
     cache_mib=512,  # decoded frames kept in memory
     num_threads=2,
   )
@@ -65,7 +67,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.tad = dict(num_keyframes=8, selection="soft")
 
   # -- prompts and policy
-  config.tokenizer = "tiny"  # or a folder with tokenizer.json
+  # A Qwen2.5-VL directory to start from; "" starts from seeded noise. It says
+  # what the model is: model.size is then "" and model.* says how it is run.
+  config.init_from = ""
+  # "tiny", a folder with tokenizer.json, or "": that of init_from
+  config.tokenizer = "tiny"
   config.prompt = dict(max_tokens=116)  # S; a longer prompt is an error
   config.prompt.build = dict(
     show_time=True,  # each keyframe is preceded by its time as text
@@ -76,6 +82,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model = dict(
     size="tiny",  # fields of models/config.py may follow
     scan_unroll=4,
+  )
+
+  # Low-rank adapters: with a rank above 0 they alone are trained and kept in
+  # checkpoints.
+  config.lora = dict(
+    rank=0,
+    alpha=32.0,  # they count alpha / rank
+    modules=(r"^decoder/layers/",),  # regexes on the paths of linear layers
   )
 
   # -- cold start

@@ -13,7 +13,7 @@ import pathlib
 import queue
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from cf_jax.data import (
   video,
 )
 from cf_jax.models import config as model_config
-from cf_jax.models import vlm
+from cf_jax.programs import policies
 from cf_jax.runtime import optim, sharding, telemetry
 from cf_jax.types import Rollout, TrainState, View
 
@@ -163,8 +163,9 @@ def build(
 ) -> Experiment:
   """Reads the config and makes everything that does not train."""
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = prompts.load_tokenizer(config.tokenizer)
-  model = model_config.make(vocab_size=tokenizer.vocab_size, **config.model)
+  tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
+  model = policies.make_model(config, tokenizer)
+  check_prompt(config, model)
   samples = load_samples(
     source=config.data.source,
     cache_dir=config.data.cache_dir,
@@ -187,7 +188,7 @@ def build(
   reader = pipeline.FrameReader(**config.data.reader)
   encode = None
   if config.scan.descriptor == "vision":
-    encode = _vision_descriptor(config, model)
+    encode = _vision_descriptor(config, model, mesh)
   make_views = views.ViewMaker(
     tokenizer,
     views.make_selector(
@@ -216,6 +217,18 @@ def build(
     banned=tokenizer.banned_mask(model.vocab_size),
     data_hash=hash_samples(samples),
   )
+
+
+def check_prompt(
+  config: ml_collections.ConfigDict, model: model_config.VLMConfig
+) -> None:
+  """Raises a ValueError where prompts and model count time differently."""
+  said = config.prompt.build.tokens_per_second
+  if said != model.vision.tokens_per_second:
+    raise ValueError(
+      f"config.prompt.build.tokens_per_second is {said}, the model counts"
+      f" {model.vision.tokens_per_second} positions a second; set them equal"
+    )
 
 
 def longest_prompt(experiment: Experiment) -> int:
@@ -282,12 +295,15 @@ def summary(
 ) -> dict[str, str]:
   """What a run is about to do, for the start-up table."""
   config = experiment.config
-  abstract = jax.eval_shape(
-    lambda: vlm.init(experiment.model, jax.random.key(0))
+  abstract = policies.abstract_params(config, experiment.model, experiment.mesh)
+  trained, _ = optim.split(abstract, policies.frozen_patterns(config, "rl"))
+  count, num_trained = (
+    sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for tree in (abstract, trained)
   )
-  count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-  size = sum(
-    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
+  size, trained_size = (
+    sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    for tree in (abstract, trained)
   )
   num_keyframes = config.tad.num_keyframes
   num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
@@ -309,7 +325,8 @@ def summary(
   return {
     "devices": f"{len(devices)} x {devices[0].device_kind}, mesh"
     f" {dict(experiment.mesh.shape)}",
-    "policy": f"{config.model.size}: {count / 1e6:.2f} M parameters",
+    "policy": f"{config.init_from or config.model.size}:"
+    f" {count / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained",
     "samples": ", ".join(
       f"{split} {len(rows)}" for split, rows in experiment.samples.items()
     ),
@@ -322,21 +339,22 @@ def summary(
     "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
     " completions; an epoch is"
     f" {len(experiment.samples['train']) // batch} updates",
-    "memory": f"parameters {size / mib:.1f} MiB, Adam {2 * size / mib:.1f},"
-    f" reference {size / mib:.1f}, key/value cache"
-    f" {cache / mib:.1f}",
+    "memory": f"parameters {size / mib:.1f} MiB, Adam"
+    f" {2 * trained_size / mib:.1f}, reference {trained_size / mib:.1f},"
+    f" key/value cache {cache / mib:.1f}",
     "kept in": str(experiment.workdir),
     "event files": writer.backend,
   }
 
 
-def _vision_descriptor(config, model):
+def _vision_descriptor(config, model, mesh):
   """uint8[B, T, h, w, 3] -> [B, T, E] by the policy's own vision tower.
 
-  The tower is the initial one (seeded), so that the scan of a run does not
-  change under its feet while the policy trains.
+  The tower is the initial one, so that the scan of a run does not change under
+  its feet while the policy trains.
   """
-  params = jax.jit(lambda: vlm.init(model, jax.random.key(config.seed)))()
+  params = policies.initial_params(config, model, mesh)
+  params = {"vision": params["vision"]}
   height, width = config.data.loader.scan_size_px
   grid = patches.grid_of(
     height,
@@ -362,44 +380,65 @@ def _vision_descriptor(config, model):
   return embed
 
 
-def make_state(
-  experiment: Experiment,
-  optimizer_settings: ml_collections.ConfigDict,
-  params: Any | None = None,
-) -> tuple[TrainState, TrainState, optax.GradientTransformation]:
-  """A fresh TrainState on the mesh, its shardings, and its optimizer.
+class Stage(NamedTuple):
+  """What a stage trains, and what it leaves as it is.
+
+  Attributes:
+    state: TrainState on the mesh; its parameters are the trained ones alone.
+    frozen: the other parameters.
+    state_shardings: of `state`.
+    frozen_shardings: of `frozen`.
+    optimizer: of the trained parameters.
+  """
+
+  state: TrainState
+  frozen: dict
+  state_shardings: TrainState
+  frozen_shardings: dict
+  optimizer: optax.GradientTransformation
+
+
+def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
+  """A fresh TrainState of a stage.
 
   Args:
-    experiment: from `experiment.build`.
-    optimizer_settings: keyword arguments of `optim.make_optimizer`.
-    params: where to start; seeded random weights if None. Copied, so that a
-      donated state never takes the reference policy's buffers with it.
+    experiment: from `build`.
+    stage: "sft" or "rl", a key of the config with `optim` under it.
+    params: all parameters, where the stage starts; the state takes over the
+      buffers of those that it trains.
   """
-  abstract = jax.eval_shape(
-    lambda: vlm.init(experiment.model, jax.random.key(0))
+  settings = {**experiment.config[stage].optim}
+  del settings["frozen"]
+  optimizer = optim.make_optimizer(params, **settings)
+  trained, frozen = optim.split(
+    params, policies.frozen_patterns(experiment.config, stage)
   )
-  optimizer = optim.make_optimizer(abstract, **optimizer_settings)
 
-  def init(rng, params):
-    if params is None:
-      params = vlm.init(experiment.model, rng)
-    else:
-      params = jax.tree.map(jnp.copy, params)
+  def fresh(rng, trained):
     return TrainState(
       step=jnp.int32(0),
-      params=params,
-      opt_state=optimizer.init(params),
+      params=trained,
+      opt_state=optimizer.init(trained),
       rng=jax.random.key_data(rng),
     )
 
   rng = jax.random.key(experiment.config.seed)
   shardings = sharding.tree_shardings(
-    jax.eval_shape(init, rng, params),
+    jax.eval_shape(fresh, rng, trained),
     experiment.mesh,
     sharding.STATE_RULES,
   )
-  state = jax.jit(init, out_shardings=shardings)(rng, params)
-  return state, shardings, optimizer
+  return Stage(
+    state=jax.jit(fresh, out_shardings=shardings, donate_argnums=1)(
+      rng, trained
+    ),
+    frozen=frozen,
+    state_shardings=shardings,
+    frozen_shardings=sharding.tree_shardings(
+      frozen, experiment.mesh, sharding.PARTITION_RULES
+    ),
+    optimizer=optimizer,
+  )
 
 
 def make_answer_step(experiment: Experiment, *, max_tokens: int):

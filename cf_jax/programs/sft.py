@@ -6,6 +6,7 @@ answer and end token); prompt tokens carry no loss.
 """
 
 import string
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from absl import logging
 
 from cf_jax import masked, policy
 from cf_jax.data import answers, prompts, records
-from cf_jax.programs import evaluate
+from cf_jax.programs import evaluate, policies
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
 from cf_jax.types import Rollout, TrainState, View
@@ -109,28 +110,61 @@ def sft_loss(
 
 
 def make_sft_step(
-  experiment: experiment_lib.Experiment,
-  optimizer: optax.GradientTransformation,
-  state_shardings: TrainState,
+  experiment: experiment_lib.Experiment, stage: experiment_lib.Stage
 ):
-  """The jitted update: state (donated), Targets -> state, metrics."""
+  """The jitted update: state (donated), frozen, Targets -> state, metrics."""
   banned = jnp.asarray(experiment.banned)
 
-  def sft_step(state: TrainState, batch: Targets):
-    (_, metrics), grad = jax.value_and_grad(sft_loss, has_aux=True)(
-      state.params,
+  def loss(params, batch):
+    return sft_loss(
+      params,
       batch,
       model=experiment.model,
       grid=experiment.grid,
       banned=banned,
     )
-    return apply_gradient(state, grad, metrics, optimizer)
+
+  return make_update(experiment, stage, loss)
+
+
+def make_update(
+  experiment: experiment_lib.Experiment,
+  stage: experiment_lib.Stage,
+  loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+):
+  """Jits one optimizer update of a stage.
+
+  Args:
+    experiment: from `experiment.build`.
+    stage: says what is trained; the loss is differentiated by that alone.
+    loss: all parameters, batch -> loss, metrics.
+
+  Returns:
+    A function of TrainState (donated), frozen parameters and a batch that
+    gives the new state and metrics.
+  """
+
+  def update_step(state: TrainState, frozen: dict, batch: Any):
+    def of_trained(trained):
+      return loss(optim.join(frozen, trained), batch)
+
+    (_, metrics), grad = jax.value_and_grad(of_trained, has_aux=True)(
+      state.params
+    )
+    return apply_gradient(state, grad, metrics, stage.optimizer)
 
   return jax.jit(
-    sft_step,
+    update_step,
     donate_argnums=0,
-    in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
-    out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
+    in_shardings=(
+      stage.state_shardings,
+      stage.frozen_shardings,
+      sharding.batch_sharding(experiment.mesh),
+    ),
+    out_shardings=(
+      stage.state_shardings,
+      sharding.replicated(experiment.mesh),
+    ),
   )
 
 
@@ -164,32 +198,38 @@ def apply_gradient(
 
 def cold_start(
   experiment: experiment_lib.Experiment,
+  start_params: dict,
   judge: evaluate.Evaluator,
   writer: telemetry.MetricWriter,
   store: checkpoint.Checkpoints,
-) -> TrainState:
+) -> dict:
   """Trains until dev accuracy reaches `sft.stop_accuracy`, or `max_steps`.
 
   Args:
     experiment: from `experiment.build`.
+    start_params: all parameters; their buffers are taken over.
     judge: answers the dev split under the keyframes view.
     writer: where metrics go.
     store: the stage's checkpoints; an unfinished stage goes on from there.
 
   Returns:
-    TrainState whose parameters start (and anchor) the reinforcement stage.
+    All parameters: where the reinforcement stage starts, and its anchor.
+    Without any update (`sft.max_steps` 0), `start_params`.
   """
   config = experiment.config.sft
-  state, shardings, optimizer = experiment_lib.make_state(
-    experiment, config.optim
-  )
+  if not config.max_steps:
+    return start_params
+  stage = experiment_lib.make_stage(experiment, "sft", start_params)
+  state, frozen = stage.state, stage.frozen
+  fingerprint = optim.fingerprint(frozen)
   first, loader_state = 0, None
   if store.latest_step() is not None:
     state, host = store.restore(state)
+    policies.check_frozen(fingerprint, host, str(store.directory))
     first, loader_state = int(state.step), host["loader"]
     if host["done"]:
       logging.info("cold start: done at update %d", first)
-      return state
+      return optim.join(frozen, state.params)
     logging.info("cold start: continues at update %d", first)
   target_rollout(  # a target that does not fit shows before training
     experiment.tokenizer,
@@ -197,7 +237,7 @@ def cold_start(
     experiment.config.sampling.max_tokens,
     answer_form=config.answer_form,
   )
-  sft_step = make_sft_step(experiment, optimizer, shardings)
+  sft_step = make_sft_step(experiment, stage)
   timer = telemetry.PhaseTimer()
 
   with (
@@ -230,7 +270,7 @@ def cold_start(
           ),
         )
       with timer("update"):
-        state, metrics = sft_step(state, experiment.put(targets))
+        state, metrics = sft_step(state, frozen, experiment.put(targets))
         metrics = jax.device_get(metrics)
       if metrics["nonfinite"]:
         raise FloatingPointError(
@@ -242,7 +282,7 @@ def cold_start(
       done = step == config.max_steps
       if step % config.eval_every == 0 or done:
         with timer("evaluate"):
-          judged = judge.run(state.params)["keyframes"]
+          judged = judge.run(optim.join(frozen, state.params))["keyframes"]
         metrics["dev_accuracy"] = float(np.mean(judged.correct))
         done = done or metrics["dev_accuracy"] >= config.stop_accuracy
         logging.info(
@@ -260,8 +300,12 @@ def cold_start(
       )
       if done or step % config.checkpoint_every == 0:
         writer.flush()
-        store.save(step, state, {"loader": loader_state, "done": done})
+        store.save(
+          step,
+          state,
+          {"loader": loader_state, "done": done, "frozen": fingerprint},
+        )
       if done:
         break
   store.wait()
-  return state
+  return optim.join(frozen, state.params)

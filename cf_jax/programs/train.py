@@ -17,16 +17,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import logging
 
 from cf_jax import grpo, masked, policy, report, rewards, sampling, views
 from cf_jax.data import answers, prompts
-from cf_jax.models import vlm
-from cf_jax.programs import evaluate, sft
+from cf_jax.programs import evaluate, policies, sft
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, optim, sharding, telemetry
-from cf_jax.types import Experience, TrainState, Verdict, View
+from cf_jax.runtime import checkpoint, optim, telemetry
+from cf_jax.types import Experience, Verdict, View
 
 RL_ARMS = ("keyframes", "shuffled", "uniform")
 
@@ -95,11 +93,11 @@ def make_score_step(experiment: experiment_lib.Experiment):
   model, grid = experiment.model, experiment.grid
   banned = jnp.asarray(experiment.banned)
   # A frozen vision tower encodes for the reference what it does for the policy.
-  abstract = jax.eval_shape(lambda: vlm.init(model, jax.random.key(0)))
-  patterns = tuple(experiment.config.rl.optim.frozen)
-  vision_frozen = bool(patterns) and all(
-    jax.tree.leaves(optim.matches(abstract, patterns)["vision"])
+  trained, _ = optim.split(
+    policies.abstract_params(experiment.config, model, experiment.mesh),
+    policies.frozen_patterns(experiment.config, "rl"),
   )
+  vision_frozen = "vision" not in trained
 
   @jax.jit
   def score_step(
@@ -219,31 +217,23 @@ def grpo_loss(
 
 
 def make_update_step(
-  experiment: experiment_lib.Experiment,
-  optimizer: optax.GradientTransformation,
-  state_shardings: TrainState,
+  experiment: experiment_lib.Experiment, stage: experiment_lib.Stage
 ):
-  """The jitted update: state (donated), Experience -> state, metrics."""
+  """The jitted update: state (donated), frozen, Experience -> new, metrics."""
   banned = jnp.asarray(experiment.banned)
-  loss_settings = dict(experiment.config.loss)
+  settings = dict(experiment.config.loss)
 
-  def update_step(state: TrainState, batch: Experience):
-    (_, metrics), grad = jax.value_and_grad(grpo_loss, has_aux=True)(
-      state.params,
+  def loss(params, batch):
+    return grpo_loss(
+      params,
       batch,
       model=experiment.model,
       grid=experiment.grid,
       banned=banned,
-      loss=loss_settings,
+      loss=settings,
     )
-    return sft.apply_gradient(state, grad, metrics, optimizer)
 
-  return jax.jit(
-    update_step,
-    donate_argnums=0,
-    in_shardings=(state_shardings, sharding.batch_sharding(experiment.mesh)),
-    out_shardings=(state_shardings, sharding.replicated(experiment.mesh)),
-  )
+  return sft.make_update(experiment, stage, loss)
 
 
 # ------------------------------------------------------------- reinforcement
@@ -251,10 +241,10 @@ def make_update_step(
 
 def reinforce(
   experiment: experiment_lib.Experiment,
-  start_params: Any,
+  start_params: dict,
   writer: telemetry.MetricWriter,
   store: checkpoint.Checkpoints,
-) -> TrainState:
+) -> dict:
   """KF-GRPO: rollouts, verdicts, contrasts, advantages, one update a batch.
 
   Args:
@@ -263,23 +253,34 @@ def reinforce(
       frozen reference of the KL.
     writer: where metrics and rollouts go.
     store: the stage's checkpoints; an unfinished stage goes on from there.
+
+  Returns:
+    All parameters after the last update.
   """
   config = experiment.config.rl
-  state, shardings, optimizer = experiment_lib.make_state(
-    experiment, config.optim, start_params
+  # The state is donated to its updates; the reference keeps its own buffers.
+  trained, frozen = optim.split(
+    start_params, policies.frozen_patterns(experiment.config, "rl")
   )
+  copied = jax.tree.map(jnp.copy, trained)
+  stage = experiment_lib.make_stage(
+    experiment, "rl", optim.join(frozen, copied)
+  )
+  state, fingerprint = stage.state, optim.fingerprint(frozen)
   first, loader_state = 0, None
   if store.latest_step() is not None:
     state, host = store.restore(state)
+    policies.check_frozen(fingerprint, host, str(store.directory))
     first, loader_state = int(state.step), host["loader"]
     logging.info("KF-GRPO: continues at update %d", first)
+  params = optim.join(frozen, state.params)
   if first >= config.steps:
-    return state
+    return params
 
   rollout_step = make_rollout_step(experiment)
   score_step = make_score_step(experiment)
   reward_step = make_reward_step(experiment)
-  update_step = make_update_step(experiment, optimizer, shardings)
+  update_step = make_update_step(experiment, stage)
   sample_rng = jax.random.fold_in(
     jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.rng))), 1
   )
@@ -317,13 +318,13 @@ def reinforce(
 
       with timer("rollout"):
         rollout, encoded = jax.block_until_ready(
-          rollout_step(state.params, view["keyframes"], pixel, seed)
+          rollout_step(params, view["keyframes"], pixel, seed)
         )
         timer.count("rollout", int(jnp.sum(rollout.mask)))
 
       with timer("score"):
         shuffled, uniform, reference = jax.block_until_ready(
-          score_step(state.params, start_params, view, pixel, encoded, rollout)
+          score_step(params, start_params, view, pixel, encoded, rollout)
         )
 
       with timer("judge"):
@@ -355,6 +356,7 @@ def reinforce(
       with timer("update"):
         state, update_metrics = update_step(
           state,
+          frozen,
           Experience(
             view=view["keyframes"],
             pixel=pixel,
@@ -364,6 +366,7 @@ def reinforce(
             group_mask=jnp.ones(advantage.shape[0], dtype=bool),
           ),
         )
+        params = optim.join(frozen, state.params)
         metrics = jax.device_get(metrics | update_metrics)
       if metrics["nonfinite"]:
         raise FloatingPointError(
@@ -405,9 +408,9 @@ def reinforce(
         )
       if step % config.checkpoint_every == 0 or step == config.steps:
         writer.flush()
-        store.save(step, state, {"loader": loader_state})
+        store.save(step, state, {"loader": loader_state, "frozen": fingerprint})
   store.wait()
-  return state
+  return params
 
 
 def task_accuracy(
@@ -483,7 +486,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     stage: checkpoint.Checkpoints(
       workdir / "checkpoints" / stage, keep=config.checkpoint.keep
     )
-    for stage in ("sft", "rl")
+    for stage in policies.STAGES
   }
   resume = {
     stage: store.latest_step()
@@ -510,8 +513,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   dev = evaluate.Evaluator(
     experiment, experiment.samples["dev"], ("keyframes",), **limits
   )
-  sft_params = sft.cold_start(experiment, dev, writer, stores["sft"]).params
-  rl_params = reinforce(experiment, sft_params, writer, stores["rl"]).params
+  sft_params = sft.cold_start(
+    experiment,
+    policies.initial_params(config, experiment.model, experiment.mesh),
+    dev,
+    writer,
+    stores["sft"],
+  )
+  rl_params = reinforce(experiment, sft_params, writer, stores["rl"])
   writer.close()
 
   # -- evaluation before and after, on videos that no stage has seen

@@ -1,5 +1,7 @@
 """Orbax checkpoints: params, optimizer, step, rng and the data iterator.
 
+Only what is trained is in them: frozen parameters are made again from where
+they came, and a fingerprint in the host state tells whether they are the same.
 One folder a stage (`checkpoints/sft`, `checkpoints/rl`), one sub-folder a step.
 Orbax writes to a temporary name and renames it when it is whole, so a killed
 writer leaves nothing that a restore would take for a checkpoint.
@@ -88,6 +90,51 @@ class Checkpoints:
         f" the config it was saved under, or another --workdir ({error})"
       ) from error
     return restored["state"], restored["host"]
+
+  def restore_params(self, template: dict) -> tuple[dict, dict]:
+    """Reads the newest checkpoint's parameters, and nothing of its optimizer.
+
+    Args:
+      template: the trained parameters as `jax.ShapeDtypeStruct`s with
+        shardings.
+
+    Returns:
+      Parameters, and the host state saved beside them.
+
+    Raises:
+      ValueError: there is no checkpoint, or it holds other parameters.
+    """
+    step = self.latest_step()
+    if step is None:
+      raise ValueError(f"no checkpoint in {self.directory}; train first")
+    item = {"params": template}
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          item=item,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+          partial_restore=True,
+        ),
+        host=ocp.args.JsonRestore(),
+      ),
+    )
+    params = restored["state"]["params"]
+
+    def check(key_path, wanted, got):
+      # Orbax leaves the template where a path is missing, and keeps the
+      # file's shape where they differ.
+      missing = isinstance(got, jax.ShapeDtypeStruct)
+      if missing or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+        found = "nothing" if missing else f"{got.dtype}{list(got.shape)}"
+        raise ValueError(
+          f"checkpoint {step} in {self.directory} does not fit its config:"
+          f" {jax.tree_util.keystr(key_path, simple=True, separator='/')} must"
+          f" be {wanted.dtype}{list(wanted.shape)}, got {found}"
+        )
+
+    jax.tree_util.tree_map_with_path(check, template, params)
+    return params, restored["host"]
 
   def wait(self) -> None:
     """Blocks until everything saved so far is on disk."""

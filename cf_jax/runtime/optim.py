@@ -1,11 +1,19 @@
-"""Optax chain, schedule, and parameters frozen by regex."""
+"""Optax chain, schedule, and parameters frozen by regex.
 
+Frozen parameters are not an optimizer's business: `split` takes them out of
+the tree before there is one. They then have no gradient, no moments and no
+place in a checkpoint, and `join` puts the whole tree together for the model.
+"""
+
+import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from cf_jax.runtime import sharding
 
@@ -29,9 +37,71 @@ def matches(params: Any, patterns: tuple[str, ...]) -> Any:
   if unused:
     raise ValueError(
       f"optim patterns {unused} match no parameter path; change"
-      " config.*.frozen or config.*.no_decay"
+      " config.*.optim.frozen or config.*.optim.no_decay"
     )
   return tree
+
+
+def split(params: dict, frozen: Sequence[str]) -> tuple[dict, dict]:
+  """Divides parameters into those that are trained and those that are not.
+
+  Args:
+    params: nested dicts.
+    frozen: regexes on the parameter path; what any of them matches is frozen.
+
+  Returns:
+    Two trees with the paths of `params`, each without the other's leaves.
+
+  Raises:
+    ValueError: a pattern that matches nothing, or all parameters frozen.
+  """
+  hit = traverse_util.flatten_dict(matches(params, tuple(frozen)))
+  flat = traverse_util.flatten_dict(params)
+  trained = {path: leaf for path, leaf in flat.items() if not hit[path]}
+  if not trained:
+    raise ValueError(
+      f"frozen patterns {tuple(frozen)} match every parameter; change"
+      " config.*.optim.frozen"
+    )
+  rest = {path: leaf for path, leaf in flat.items() if hit[path]}
+  return (
+    traverse_util.unflatten_dict(trained),
+    traverse_util.unflatten_dict(rest),
+  )
+
+
+def join(base: dict, over: dict) -> dict:
+  """One tree with the leaves of both; where both have a path, `over` wins."""
+  flat = traverse_util.flatten_dict
+  return traverse_util.unflatten_dict(flat(base) | flat(over))
+
+
+def fingerprint(params: dict) -> str:
+  """16 hex digits of every bit of every parameter; "" for an empty tree.
+
+  Each leaf is reduced on its devices to one number that depends on the bits
+  and their places, and to the same one however it is sharded.
+  """
+  if not params:
+    return ""
+
+  def reduce(leaf):
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+      place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+        jnp.uint32, leaf.shape, axis
+      )
+    mixed = (bits.astype(jnp.uint32) + 1) * (2 * place + 1)  # odd: invertible
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+  sums = jax.device_get(
+    jax.jit(lambda tree: jax.tree.map(reduce, tree))(params)
+  )
+  digest = hashlib.sha256()
+  for key_path, value in jax.tree_util.tree_leaves_with_path(sums):
+    digest.update(f"{sharding.path_of(key_path)} {int(value)};".encode())
+  return digest.hexdigest()[:16]
 
 
 def make_schedule(
@@ -75,13 +145,12 @@ def make_optimizer(
   b1: float,
   b2: float,
   eps: float,
-  frozen: tuple[str, ...],
   no_decay: tuple[str, ...],
 ) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm; frozen parameters get no update.
+  """AdamW after clipping by global norm, for the trained part of a model.
 
   Args:
-    params: parameter tree, read for its paths only.
+    params: the whole model's tree, read for its paths only.
     learning_rate: peak.
     schedule: see `make_schedule`.
     warmup_steps: updates of linear warm-up.
@@ -91,8 +160,6 @@ def make_optimizer(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: Adam's denominator.
-    frozen: regexes on the parameter path; matches are neither updated nor
-      counted in the norm, and have no moments.
     no_decay: regexes on the parameter path of norms and biases.
 
   Raises:
@@ -108,7 +175,7 @@ def make_optimizer(
       tree,
     )
 
-  trained = optax.chain(
+  return optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.adamw(
       make_schedule(
@@ -123,18 +190,6 @@ def make_optimizer(
       weight_decay=weight_decay,
       mask=decayed,
     ),
-  )
-  if not frozen:
-    return trained
-  is_frozen = matches(params, tuple(frozen))
-  if all(jax.tree.leaves(is_frozen)):
-    raise ValueError(
-      f"frozen patterns {tuple(frozen)} match every parameter; change"
-      " config.*.optim.frozen"
-    )
-  label = jax.tree.map(lambda hit: "frozen" if hit else "trained", is_frozen)
-  return optax.multi_transform(
-    {"trained": trained, "frozen": optax.set_to_zero()}, label
   )
 
 

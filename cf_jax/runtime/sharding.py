@@ -30,6 +30,12 @@ PARTITION_RULES = (
   (r"merger/up/kernel$", P("fsdp", "tensor")),
   (r"merger/down/kernel$", P("tensor", "fsdp")),
   (r"patch_embed/proj/kernel$", P(None, "fsdp")),
+  # Adapters are split along their kernel's axes, never along the rank.
+  (r"/layers/(out|mlp/down)/lora_a$", P(None, "tensor")),
+  (r"/layers/(out|mlp/down)/lora_b$", P(None, None, "fsdp")),
+  (r"/layers/.*/lora_a$", P(None, "fsdp")),
+  (r"/layers/.*/lora_b$", P(None, None, "tensor")),
+  (r"/lora_[ab]$", P()),  # of the patch embedding and the merger
   (r"(scale|bias)$", P()),
 )
 # What a TrainState holds beside parameters and their moments.
@@ -42,23 +48,22 @@ def path_of(key_path: tuple) -> str:
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
-  """The device mesh; `data=-1` takes the devices that the others leave.
+  """The device mesh; one size of -1 takes the devices that the others leave.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   count = jax.device_count()
-  others = fsdp * tensor * context
-  if data == -1:
-    data = count // others
-  sizes = (data, fsdp, tensor, context)
+  sizes = [data, fsdp, tensor, context]
+  if sizes.count(-1) == 1:
+    sizes[sizes.index(-1)] = count // max(-math.prod(sizes), 1)
   if math.prod(sizes) != count or min(sizes) < 1:
     raise ValueError(
       f"mesh {dict(zip(AXES, sizes, strict=True))} needs"
       f" {math.prod(sizes)} devices, got {count}; change config.mesh"
     )
   return jax.make_mesh(
-    sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
   )
 
 

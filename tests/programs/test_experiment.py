@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cf_jax.programs import experiment as experiment_lib
+from cf_jax.programs import policies
 from cf_jax.runtime import telemetry
 from tests.conftest import init_params, load_config, shrink
 
@@ -147,18 +148,21 @@ def test_decode_rollout_leaves_the_end_out(experiment):
   ]
 
 
-def test_make_state_is_seeded_and_copies(experiment):
-  state, shardings, _ = experiment_lib.make_state(
-    experiment, experiment.config.sft.optim
+def test_make_stage_divides_the_parameters(experiment):
+  def params():
+    return policies.initial_params(
+      experiment.config, experiment.model, experiment.mesh
+    )
+
+  stage = experiment_lib.make_stage(experiment, "sft", params())
+  assert stage.frozen == {} and int(stage.state.step) == 0
+  assert jax.tree.structure(stage.state_shardings) == jax.tree.structure(
+    stage.state
   )
-  again, _, _ = experiment_lib.make_state(
-    experiment, experiment.config.sft.optim, state.params
-  )
-  assert jax.tree.structure(shardings) == jax.tree.structure(state)
-  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(again.params)):
-    np.testing.assert_array_equal(a, b)
-    assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer()
-  assert int(state.step) == 0
+  for a, b in zip(
+    jax.tree.leaves(stage.state.params), jax.tree.leaves(params()), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)  # seeded
 
 
 # ---------------------------------------------------------------------- Stream

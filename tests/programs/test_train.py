@@ -390,18 +390,6 @@ def test_too_few_videos_for_the_probes_fails_before_training(
 # ------------------------------------------------------------------------ parts
 
 
-def test_reference_is_not_touched_by_updates(tiny_config, tmp_path):
-  """`make_state` copies: the donated state must not eat the reference."""
-  experiment = experiment_lib.build(tiny_config, tmp_path)
-  params = init_params(experiment.model)
-  state, _, _ = experiment_lib.make_state(
-    experiment, tiny_config.rl.optim, params
-  )
-  jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
-  for leaf in jax.tree.leaves(params):
-    np.asarray(leaf)  # raises on a deleted buffer
-
-
 def test_goals():
   def row(stage, view, task, accuracy):
     return dict(stage=stage, view=view, task=task, accuracy=accuracy)

@@ -20,7 +20,6 @@ SETTINGS = dict(
   b1=0.9,
   b2=0.99,
   eps=1e-8,
-  frozen=(),
   no_decay=(),
 )
 
@@ -112,43 +111,44 @@ def test_weight_decay_spares_no_decay():
   np.testing.assert_array_equal(new["vision"]["norm"]["scale"], 1)
 
 
-def test_frozen_parameters_stay_and_have_no_moments():
+def test_split_and_join():
   params = _params()
-  grad = jax.tree.map(jnp.ones_like, params)
-  new, state = _update(
-    params, grad, frozen=("^vision/", "bias$"), weight_decay=0.5
-  )
-  for part in (
-    ("vision", "dense", "kernel"),
-    ("vision", "norm", "scale"),
-    ("decoder", "dense", "bias"),
-  ):
-    before, after = params, new
-    for name in part:
-      before, after = before[name], after[name]
-    np.testing.assert_array_equal(before, after)
-  assert np.all(new["decoder"]["dense"]["kernel"] < 3)
-  moments = [
+  trained, frozen = optim.split(params, ("^vision/", "bias$"))
+  assert trained == {"decoder": {"dense": {"kernel": trained_kernel(params)}}}
+  assert sorted(
     sharding.path_of(path)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if leaf.ndim
-  ]
-  assert len(moments) == 2
-  assert all(path.endswith("decoder/dense/kernel") for path in moments)
+    for path, _ in jax.tree_util.tree_leaves_with_path(frozen)
+  ) == ["decoder/dense/bias", "vision/dense/kernel", "vision/norm/scale"]
+  whole = optim.join(frozen, trained)
+  assert jax.tree.structure(whole) == jax.tree.structure(params)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(params)):
+    assert a is b  # nothing is copied
+  newer = {"decoder": {"dense": {"kernel": 7}}}
+  assert optim.join(params, newer)["decoder"]["dense"]["kernel"] == 7
+  assert optim.split(params, ())[1] == {}
 
 
-def test_frozen_parameters_are_not_counted_in_the_norm():
-  params = _params()
-  grad = jax.tree.map(jnp.ones_like, params)
-  # plain momentum would show the scale; Adam's first moment does: 0.1 * g.
-  grad["vision"]["dense"]["kernel"] = jnp.full((2, 2), 1e6)
-  _, state = _update(params, grad, frozen=("^vision/",), max_grad_norm=1.0)
-  (mu,) = [
-    leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if "mu/decoder/dense/bias" in sharding.path_of(path)
+def trained_kernel(params):
+  return params["decoder"]["dense"]["kernel"]
+
+
+def test_fingerprint_sees_every_bit_and_every_place():
+  tree = {
+    "a": jnp.arange(6.0).reshape(2, 3),
+    "b": jnp.asarray([1.0, -2.0, 3.0], jnp.bfloat16),
+  }
+  first = optim.fingerprint(tree)
+  assert len(first) == 16 and first == optim.fingerprint(dict(tree))
+  changed = [
+    tree | {"a": tree["a"].at[1, 2].set(jnp.nextafter(5.0, 6.0))},
+    tree | {"a": tree["a"][::-1]},
+    tree | {"a": tree["a"].at[0, 0].set(-0.0)},
+    tree | {"b": tree["b"][jnp.asarray([1, 0, 2])]},
+    {"a": tree["a"], "c": tree["b"]},
   ]
-  np.testing.assert_allclose(mu, 0.1 / np.sqrt(6), rtol=1e-5)  # 6 ones
+  found = {optim.fingerprint(other) for other in changed}
+  assert first not in found and len(found) == len(changed)
+  assert optim.fingerprint({}) == ""
 
 
 def test_clipping_by_global_norm():
@@ -165,17 +165,21 @@ def test_clipping_by_global_norm():
     np.testing.assert_allclose(leaf, 0.1 / np.sqrt(12), rtol=1e-5)
 
 
+def _with(name, patterns):
+  if name == "frozen":
+    return optim.split(_params(), patterns)
+  return optim.make_optimizer(_params(), **(SETTINGS | {name: patterns}))
+
+
 @pytest.mark.parametrize("name", ["frozen", "no_decay"])
 def test_a_pattern_that_matches_nothing(name):
   with pytest.raises(ValueError, match=r"\['vison/'\] match no parameter path"):
-    optim.make_optimizer(
-      _params(), **(SETTINGS | {name: ("kernel$", "vison/")})
-    )
+    _with(name, ("kernel$", "vison/"))
 
 
 def test_everything_frozen():
   with pytest.raises(ValueError, match="match every parameter"):
-    optim.make_optimizer(_params(), **(SETTINGS | {"frozen": (".",)}))
+    _with("frozen", (".",))
 
 
 def test_no_decay_of_the_configs_is_norms_and_biases():

@@ -63,7 +63,6 @@ def test_optimizer_state_follows_its_parameters():
     b1=0.9,
     b2=0.9,
     eps=1e-8,
-    frozen=("^vision/",),
     no_decay=(),
   )
   state = jax.eval_shape(optimizer.init, params)
@@ -102,10 +101,14 @@ def test_mesh_sizes():
     "tensor": 1,
     "context": 1,
   }
+  mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, context=1)
+  assert mesh.shape["fsdp"] == count
   for sizes in (
     dict(data=2 * count, fsdp=1),
     dict(data=-1, fsdp=count + 1),
+    dict(data=-1, fsdp=-1),
     dict(data=0, fsdp=1),
+    dict(data=-1, fsdp=0),
   ):
     with pytest.raises(ValueError, match=f"got {count}; change config.mesh"):
       sharding.make_mesh(**sizes, tensor=1, context=1)

@@ -1,0 +1,301 @@
+"""Where a policy comes from: a preset, a Qwen2.5-VL directory, or a run."""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+import jax
+import ml_collections
+from absl import logging
+
+from cf_jax.data import prompts
+from cf_jax.models import config as model_config
+from cf_jax.models import hf_weights, lora, vlm
+from cf_jax.runtime import checkpoint, optim, sharding, telemetry
+
+STAGES = ("sft", "rl")
+# Fields of `config.model` that say how to run a model, not what it is.
+RUN_FIELDS = ("dtype", "param_dtype", "remat", "scan_unroll", "attention")
+# VLMConfig's field -> the added token whose id it is.
+TOKEN_FIELDS = {
+  "bos_token_id": prompts.PAD,
+  "eos_token_id": prompts.EOS,
+  "pad_token_id": prompts.PAD,
+  "image_token_id": "<|image_pad|>",
+  "video_token_id": "<|video_pad|>",
+  "vision_start_token_id": "<|vision_start|>",
+  "vision_end_token_id": "<|vision_end|>",
+  "vision_token_id": "<|vision_pad|>",
+}
+# Ids that prompts spell: a model and a tokenizer must agree on them.
+_SPELLED = (
+  "image_token_id",
+  "video_token_id",
+  "vision_start_token_id",
+  "vision_end_token_id",
+)
+
+
+class Policy(NamedTuple):
+  """A policy that can be asked or exported.
+
+  Attributes:
+    model: its shape, and how to run it.
+    params: on the mesh; adapters, where there are any, are not merged.
+    tokenizer: its tokenizer.
+    folder: where the tokenizer's files lie.
+    source: the directory or checkpoint it was read from.
+  """
+
+  model: model_config.VLMConfig
+  params: dict
+  tokenizer: prompts.Tokenizer
+  folder: pathlib.Path
+  source: str
+
+
+def tokenizer_folder(config: ml_collections.ConfigDict) -> str:
+  """`config.tokenizer`, or the directory that the policy starts from.
+
+  Raises:
+    ValueError: neither is set.
+  """
+  folder = config.tokenizer or config.init_from
+  if not folder:
+    raise ValueError(
+      "config.tokenizer is empty and so is config.init_from; set one of them:"
+      " 'tiny' or a folder with tokenizer.json"
+    )
+  return folder
+
+
+def make_model(
+  config: ml_collections.ConfigDict, tokenizer: prompts.Tokenizer
+) -> model_config.VLMConfig:
+  """The policy's shape: a preset, or that of the directory it starts from.
+
+  Args:
+    config: a run's; reads `init_from` and `model`.
+    tokenizer: gives a preset its vocabulary and its ids.
+
+  Raises:
+    ValueError: `model` says what `init_from` already says, or the tokenizer
+      is another model's.
+  """
+  fields = {**config.model}
+  if not config.init_from:
+    ids = {
+      field: tokenizer.special[name] for field, name in TOKEN_FIELDS.items()
+    }
+    return model_config.make(vocab_size=tokenizer.vocab_size, **ids, **fields)
+  size = fields.pop("size")
+  extra = sorted(set(fields) - set(RUN_FIELDS))
+  if size or extra:
+    said = [f"size={size!r}"] * bool(size) + extra
+    raise ValueError(
+      f"config.model sets {', '.join(said)}, but config.init_from"
+      f" ({config.init_from}) says what the model is; leave only"
+      f" {', '.join(RUN_FIELDS)} and set config.model.size=''"
+    )
+  model = hf_weights.read_config(config.init_from)
+  check_tokenizer(model, tokenizer)
+  return dataclasses.replace(model, **fields)
+
+
+def check_tokenizer(
+  model: model_config.VLMConfig, tokenizer: prompts.Tokenizer
+) -> None:
+  """Raises a ValueError where a model and a tokenizer disagree on an id."""
+  for field in _SPELLED:
+    wanted, got = getattr(model, field), tokenizer.special[TOKEN_FIELDS[field]]
+    if wanted != got:
+      raise ValueError(
+        f"the model's {field} is {wanted}, the tokenizer's"
+        f" {TOKEN_FIELDS[field]} has id {got}: they do not belong together;"
+        " change config.tokenizer"
+      )
+  tokenizer.banned_mask(model.vocab_size)  # raises on too small a table
+
+
+def abstract_params(
+  config: ml_collections.ConfigDict,
+  model: model_config.VLMConfig,
+  mesh: jax.sharding.Mesh,
+) -> dict:
+  """Shapes and shardings of all parameters, adapters included."""
+  shapes = jax.eval_shape(lambda rng: vlm.init(model, rng), jax.random.key(0))
+  adapters = jax.eval_shape(
+    lambda rng: lora.init(shapes, rng, **config.lora), jax.random.key(0)
+  )
+  whole = optim.join(shapes, adapters)
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    whole,
+    sharding.tree_shardings(whole, mesh, sharding.PARTITION_RULES),
+  )
+
+
+def initial_params(
+  config: ml_collections.ConfigDict,
+  model: model_config.VLMConfig,
+  mesh: jax.sharding.Mesh,
+) -> dict:
+  """What a run starts from, on the mesh: seeded noise or a directory's weights.
+
+  Adapters are added as `config.lora` says.
+  """
+  rng = jax.random.key(config.seed)
+  shapes = jax.eval_shape(lambda rng: vlm.init(model, rng), rng)
+
+  def place(make):
+    places = sharding.tree_shardings(
+      jax.eval_shape(make, rng), mesh, sharding.PARTITION_RULES
+    )
+    return jax.jit(make, out_shardings=places)(rng)
+
+  if config.init_from:
+    _, base = hf_weights.load_hf(
+      config.init_from, mesh, dtype=model.param_dtype
+    )
+  else:
+    base = place(lambda rng: vlm.init(model, rng))
+  adapter_rng = jax.random.fold_in(rng, 1)
+  adapters = place(lambda _: lora.init(shapes, adapter_rng, **config.lora))
+  return optim.join(base, adapters)
+
+
+def frozen_patterns(
+  config: ml_collections.ConfigDict, stage: str
+) -> tuple[str, ...]:
+  """Regexes on the paths of the parameters that a stage does not train."""
+  patterns = tuple(config[stage].optim.frozen)
+  if config.lora.rank:
+    patterns += (lora.ALL_BUT_ADAPTERS,)
+  return patterns
+
+
+def check_frozen(now: str, host: dict, source: str) -> None:
+  """Raises a ValueError where a checkpoint was trained beside other weights.
+
+  Args:
+    now: fingerprint of what is not in the checkpoint, made again.
+    host: the checkpoint's host state.
+    source: names the checkpoint in the message.
+  """
+  if now != host["frozen"]:
+    raise ValueError(
+      f"{source} was trained beside other frozen parameters (fingerprint"
+      f" {host['frozen']!r}, now {now!r}): the weights of config.init_from"
+      " changed, or another version of jax draws other numbers from"
+      " config.seed"
+    )
+
+
+def load_policy(
+  path: str, mesh: jax.sharding.Mesh, *, dtype: str | None = None
+) -> Policy:
+  """Opens a Qwen2.5-VL directory or a run's workdir.
+
+  Of a run, the newest checkpoint of its last stage.
+
+  Args:
+    path: a directory with `config.json`, or a workdir with `manifest.json`.
+    mesh: where the parameters go.
+    dtype: "float32" or "bfloat16", what parameters are stored and matmuls run
+      in; None keeps the checkpoint's.
+
+  Raises:
+    ValueError: neither kind of directory, or one that cannot be read.
+  """
+  _, tokenizer = describe(path)
+  folder = pathlib.Path(path)
+  if (folder / telemetry.MANIFEST_FILE).is_file():
+    return _load_run(folder, mesh, dtype)
+  model, params = hf_weights.load_hf(folder, mesh, dtype=dtype)
+  return Policy(model, params, tokenizer, folder, str(folder))
+
+
+def describe(
+  path: str,
+) -> tuple[model_config.VLMConfig, prompts.Tokenizer]:
+  """Shape and tokenizer of a policy, without reading its parameters.
+
+  Args:
+    path: as in `load_policy`.
+
+  Raises:
+    ValueError: neither kind of directory, or one that cannot be read.
+  """
+  folder = pathlib.Path(path)
+  if not path:
+    raise ValueError(
+      "no checkpoint; set --config.checkpoint to a Qwen2.5-VL directory or to"
+      " a run's workdir"
+    )
+  if (folder / telemetry.MANIFEST_FILE).is_file():
+    config = ml_collections.ConfigDict(
+      telemetry.read_manifest(folder)["config"]
+    )
+    tokenizer = prompts.load_tokenizer(tokenizer_folder(config))
+    return make_model(config, tokenizer), tokenizer
+  if not (folder / "config.json").is_file():
+    what = "has neither" if folder.is_dir() else "is not a directory with"
+    raise ValueError(
+      f"{path} {what} config.json (a Qwen2.5-VL directory) nor"
+      f" {telemetry.MANIFEST_FILE} (a run's workdir); change"
+      " config.checkpoint"
+    )
+  tokenizer = prompts.load_tokenizer(folder)
+  model = hf_weights.read_config(folder)
+  check_tokenizer(model, tokenizer)
+  return model, tokenizer
+
+
+def _load_run(
+  workdir: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None
+) -> Policy:
+  config = ml_collections.ConfigDict(telemetry.read_manifest(workdir)["config"])
+  tokenizer = prompts.load_tokenizer(tokenizer_folder(config))
+  model = make_model(config, tokenizer)
+  template = abstract_params(config, model, mesh)
+  params, newest = {}, None
+  for stage in reversed(STAGES):  # later stages win over earlier ones
+    folder = workdir / "checkpoints" / stage
+    if not folder.is_dir():
+      continue
+    store = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
+    try:
+      if store.latest_step() is None:
+        continue
+      patterns = frozen_patterns(config, stage)
+      trained, _ = optim.split(template, patterns)
+      found, host = store.restore_params(trained)
+      params = optim.join(found, params)
+      if newest is None:
+        newest = (patterns, host, f"{folder}, step {store.latest_step()}")
+    finally:
+      store.close()
+    if jax.tree.structure(params) == jax.tree.structure(template):
+      break
+  if newest is None:
+    raise ValueError(
+      f"{workdir} holds a run without a checkpoint yet; let it go on until"
+      " config.sft.checkpoint_every, or change config.checkpoint"
+    )
+  if jax.tree.structure(params) != jax.tree.structure(template):
+    params = optim.join(initial_params(config, model, mesh), params)
+  patterns, host, source = newest
+  _, frozen = optim.split(params, patterns)
+  check_frozen(optim.fingerprint(frozen), host, source)
+  if dtype is not None:
+    model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: (
+        leaf if path[-1].key in lora.LEAVES else leaf.astype(dtype)
+      ),
+      params,
+    )
+  logging.info("policy: %s", source)
+  return Policy(model, params, tokenizer, tokenizer.folder, source)

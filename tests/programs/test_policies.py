@@ -1,0 +1,284 @@
+"""From a Qwen2.5-VL directory to a run with adapters, and back to a directory.
+
+One small run through the whole of it; the directory it starts from and the one
+it ends in are compared with each other and with the adapters in between.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax.data import answers, prompts
+from cf_jax.models import config as model_config
+from cf_jax.models import hf_weights, lora
+from cf_jax.programs import experiment, export, policies, train
+from cf_jax.runtime import checkpoint, optim, sharding
+from tests.conftest import init_params, load_config, shrink
+
+TINY = dict(
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=2,
+  mrope_section=(1, 2, 1),
+  vision=dict(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    out_hidden_size=32,
+    fullatt_block_indexes=(0,),
+  ),
+)
+
+
+def _model(**changes):
+  tokenizer = prompts.load_tokenizer("tiny")
+  ids = {
+    field: tokenizer.special[name]
+    for field, name in policies.TOKEN_FIELDS.items()
+  }
+  return model_config.make(
+    size="tiny",
+    **(dict(vocab_size=tokenizer.vocab_size) | ids | TINY | changes),
+  )
+
+
+def _save(folder, model):
+  hf_weights.save_hf(
+    folder, model, init_params(model), tokenizer=prompts.TINY_TOKENIZER
+  )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A Qwen2.5-VL directory of a policy of seeded noise."""
+  return _save(tmp_path_factory.mktemp("base") / "hf", _model())
+
+
+def _config(base, cache_dir):
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.init_from = str(base)
+  config.tokenizer = ""
+  config.model = dict(size="", dtype="float32", param_dtype="float32")
+  config.lora.update(rank=2, alpha=4.0)
+  config.sft.max_steps = 0
+  config.rl.update(steps=2, checkpoint_every=1)
+  config.rl.optim.learning_rate = 0.01
+  return config
+
+
+@pytest.fixture(scope="module")
+def run(base, cache_dir, tmp_path_factory):
+  """A finished run of two updates; every other completion is called right."""
+  workdir = tmp_path_factory.mktemp("lora") / "run"
+
+  def judge(*args, judge=answers.judge, **settings):
+    found = judge(*args, **settings)
+    right = (args[2] * args[3]).sum(axis=-1) % 2
+    return found._replace(
+      component=found.component | {"accuracy": right.astype(np.float32)}
+    )
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(answers, "judge", judge)
+    train.run(_config(base, cache_dir).lock(), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
+
+
+def _assert_equal(left, right, **tolerance):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(left),
+    jax.tree.leaves(right),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      a, b, err_msg=sharding.path_of(path), **(tolerance or {"rtol": 0})
+    )
+
+
+def test_only_adapters_are_in_the_checkpoint(run):
+  store = checkpoint.Checkpoints(run / "checkpoints" / "rl", keep=2)
+  state = store._manager.restore(2)["state"]
+  store.close()
+  paths = {
+    sharding.path_of(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      {"params": state["params"], "opt_state": state["opt_state"]}
+    )
+    if np.ndim(leaf)
+  }
+  assert paths and all("lora_a" in p or "lora_b" in p for p in paths)
+  assert not any("vision" in p for p in paths)  # config.lora.modules
+
+
+def test_a_run_is_its_base_with_trained_adapters(run, base, mesh):
+  policy = policies.load_policy(str(run), mesh)
+  _, plain = hf_weights.load_hf(base)
+  adapters, rest = optim.split(policy.params, (r"^(?!.*/lora_)",))
+  _assert_equal(rest, plain)
+  moved = adapters["decoder"]["layers"]["query"]
+  assert np.abs(moved["lora_b"]).max() > 1e-3  # zero at the start
+  np.testing.assert_array_equal(moved["lora_scale"], 2.0)
+  assert policy.model.vocab_size == policy.tokenizer.vocab_size
+  assert policy.source.endswith("rl, step 2") and policy.folder == base
+
+
+def test_export_merges(run, mesh, tmp_path):
+  config = load_config("configs/export.py")
+  config.checkpoint = str(run)
+  config.max_shard_gb = 2e-5  # several files
+  export.run(config.lock(), tmp_path / "hf")
+  model, params = hf_weights.load_hf(tmp_path / "hf")
+  policy = policies.load_policy(str(run), mesh)
+  _assert_equal(params, lora.merge(policy.params))
+  assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+  # And what was exported can be opened like any other directory.
+  again = policies.load_policy(str(tmp_path / "hf"), mesh)
+  _assert_equal(again.params, params)
+  assert again.tokenizer.encode("red blue") == policy.tokenizer.encode(
+    "red blue"
+  )
+
+
+def test_export_in_another_dtype(run, mesh, tmp_path):
+  config = load_config("configs/export.py")
+  config.checkpoint, config.dtype = str(run), "bfloat16"
+  export.run(config.lock(), tmp_path / "hf")
+  model, params = hf_weights.load_hf(tmp_path / "hf")
+  assert model.param_dtype == "bfloat16"
+  merged = lora.merge(policies.load_policy(str(run), mesh).params)
+  rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merged)
+  _assert_equal(
+    jax.tree.map(np.float32, params), jax.tree.map(np.float32, rounded)
+  )
+
+
+def test_a_changed_base_is_noticed(run, base, mesh, tmp_path):
+  """Adapters beside other weights would be silently wrong."""
+  moved = tmp_path / "run"
+  shutil.copytree(run, moved)
+  other = _save(tmp_path / "other", _model(initializer_range=0.06))
+  manifest = json.loads((moved / "manifest.json").read_text())
+  manifest["config"]["init_from"] = str(other)
+  (moved / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match="beside other frozen parameters"):
+    policies.load_policy(str(moved), mesh)
+
+
+def test_dtype_of_a_loaded_run(run, mesh):
+  policy = policies.load_policy(str(run), mesh, dtype="bfloat16")
+  assert policy.model.dtype == policy.model.param_dtype == "bfloat16"
+  for path, leaf in jax.tree_util.tree_leaves_with_path(policy.params):
+    adapter = path[-1].key in lora.LEAVES
+    assert leaf.dtype == (jnp.float32 if adapter else jnp.bfloat16)
+
+
+def test_frozen_by_regex_in_one_stage(cache_dir, tmp_path, mesh):
+  """The tower of the cold start stays through the reinforcement stage."""
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.sft.update(max_steps=2, checkpoint_every=2)
+  config.rl.update(steps=1, checkpoint_every=1)
+  config.rl.optim.frozen = (r"^vision/",)
+  train.run(config.lock(), tmp_path / "run")
+  policy = policies.load_policy(str(tmp_path / "run"), mesh)
+  start = policies.initial_params(config, policy.model, mesh)
+  store = checkpoint.Checkpoints(tmp_path / "run/checkpoints/sft", keep=2)
+  sft, _ = store.restore_params(
+    policies.abstract_params(config, policy.model, mesh)
+  )
+  store.close()
+  _assert_equal(policy.params["vision"], sft["vision"])
+  kernel = ("vision", "layers", "query", "kernel")
+  moved, before = policy.params, start
+  for name in kernel:
+    moved, before = moved[name], before[name]
+  assert np.abs(moved - before).max() > 0
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (dict(size="tiny"), r"sets size='tiny', but config\.init_from"),
+    (dict(size="", hidden_size=64), "sets hidden_size, but"),
+  ],
+)
+def test_a_shape_said_twice(base, cache_dir, changes, said):
+  config = _config(base, cache_dir)
+  config.model = changes
+  with pytest.raises(ValueError, match=said):
+    policies.make_model(config, prompts.load_tokenizer(base))
+
+
+def test_a_tokenizer_of_another_model(base, cache_dir):
+  config = _config(base, cache_dir)
+  tokenizer = prompts.load_tokenizer(base)
+  tokenizer.special = tokenizer.special | {"<|image_pad|>": 7}
+  with pytest.raises(ValueError, match="image_token_id is .* has id 7"):
+    policies.make_model(config, tokenizer)
+
+
+def test_no_tokenizer_at_all(cache_dir):
+  config = load_config("configs/kfgrpo_cpu.py")
+  config.tokenizer = ""
+  with pytest.raises(ValueError, match="config.tokenizer is empty"):
+    policies.tokenizer_folder(config)
+
+
+@pytest.mark.parametrize(
+  ("make", "said"),
+  [
+    (lambda folder: "", "set --config.checkpoint"),
+    (lambda folder: str(folder / "nothing"), "is not a directory with"),
+    (lambda folder: str(folder), "has neither config.json"),
+  ],
+)
+def test_not_a_checkpoint(mesh, tmp_path, make, said):
+  with pytest.raises(ValueError, match=said):
+    policies.load_policy(make(tmp_path), mesh)
+
+
+def test_a_run_without_a_checkpoint(run, mesh, tmp_path):
+  (tmp_path / "manifest.json").write_text((run / "manifest.json").read_text())
+  with pytest.raises(ValueError, match="without a checkpoint yet"):
+    policies.load_policy(str(tmp_path), mesh)
+
+
+def test_a_checkpoint_of_another_shape(run, mesh, tmp_path):
+  """Named, with both shapes."""
+  store = checkpoint.Checkpoints(run / "checkpoints" / "rl", keep=2)
+  template = {
+    "decoder": {
+      "layers": {
+        "query": {"lora_a": jax.ShapeDtypeStruct((2, 32, 5), jnp.float32)},
+        "other": {"lora_a": jax.ShapeDtypeStruct((2, 32, 5), jnp.float32)},
+      }
+    }
+  }
+  try:
+    with pytest.raises(ValueError, match="other/lora_a must be .* got nothing"):
+      store.restore_params(template)
+    del template["decoder"]["layers"]["other"]
+    with pytest.raises(ValueError, match=r"\[2, 32, 5\], got .*\[2, 32, 2\]"):
+      store.restore_params(template)
+  finally:
+    store.close()
+
+
+def test_prompts_and_model_count_time_alike(base, cache_dir):
+  config = _config(base, cache_dir)
+  model = policies.make_model(config, prompts.load_tokenizer(base))
+  tower = dataclasses.replace(model.vision, tokens_per_second=25)
+  with pytest.raises(ValueError, match="tokens_per_second is 2, .* counts 25"):
+    experiment.check_prompt(config, dataclasses.replace(model, vision=tower))
