@@ -15,7 +15,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-PROGRAMS = ("train",)
+PROGRAMS = ("train", "ask", "export")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -126,6 +126,9 @@ def main() -> None:
     logging.debug("traceback", exc_info=True)
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def _parse(argv):

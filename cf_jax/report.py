@@ -63,6 +63,8 @@ _STYLE = {
   "ytick.color": _MUTED,
 }
 
+_STRIP_COLUMNS = 8  # keyframes side by side; more go into further rows
+
 _STAGES = {"sft": "cold start", "rl": "KF-GRPO"}
 _VIEWS = {
   "keyframes": "TAD keyframes",
@@ -217,26 +219,98 @@ def film_strip(
       2, 1, rows[3], height_ratios=[0.4, 1.95], hspace=0
     )
     axes = figure.add_subplot(lower[1])
-    _curve(axes, score, time_s, apex, events, uniform_s, tad_s, score_name)
-    for cell_axes, second in zip(shown, tad_s, strict=True):
-      axes.add_artist(
-        matplotlib.patches.ConnectionPatch(
-          (0.5, 0.0),
-          (second, 1.0),
-          "axes fraction",
-          axes.get_xaxis_transform(),
-          axesA=cell_axes,
-          axesB=axes,
-          color=_BLUE,
-          linewidth=0.8,
-          alpha=0.55,
-          clip_on=False,
-        )
-      )
+    marks = [
+      ("TAD keyframe", tad_s, _BLUE),
+      ("uniform frame", uniform_s, _GREY),
+    ]
+    _curve(axes, score, time_s, apex, events, marks, score_name)
+    _connect(shown, axes, tad_s)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
   if about is not None:
     telemetry.write_json(path.with_suffix(".json"), about)
+  return path
+
+
+def keyframe_strip(
+  path: str | os.PathLike,
+  *,
+  frames: np.ndarray,
+  frame_s: Sequence[float],
+  score: np.ndarray,
+  time_s: np.ndarray,
+  apex: np.ndarray,
+  label: str = "TAD",
+  score_name: str = "variation score",
+) -> pathlib.Path:
+  """Draws the keyframes of one video over its score curve.
+
+  Args:
+    path: of the PNG.
+    frames: uint8[K, height, width, 3] RGB.
+    frame_s: [K] their times in seconds, ascending.
+    score: float[T] curve.
+    time_s: float[T] times of the scanned frames in seconds.
+    apex: bool[T] inflections.
+    label: what chose the frames.
+    score_name: label of the curve's axis.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: frames and times, or the curve's arrays, differ in length.
+  """
+  path = pathlib.Path(path)
+  score, time_s = np.asarray(score, float), np.asarray(time_s, float)
+  apex = np.asarray(apex, bool)
+  _check_lengths(frames=len(frames), frame_s=len(frame_s))
+  _check_lengths(score=len(score), time_s=len(time_s), apex=len(apex))
+  columns = min(len(frames), _STRIP_COLUMNS)
+  lines = -(-len(frames) // columns)
+  height, width = np.shape(frames)[1:3]
+  # Inches: each line of pictures has its times above, and a gap below.
+  cell = min(10.6 / columns, 3.2)
+  line = min(cell * height / width, 3.2) + 0.24
+  page = lines * line + 2.35 + 0.46
+  with matplotlib.rc_context(_STYLE):
+    figure = matplotlib.figure.Figure(figsize=(11.6, page))
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    rows = matplotlib.gridspec.GridSpec(
+      lines + 1,
+      1,
+      figure=figure,
+      height_ratios=[line] * lines + [2.35],
+      left=0.085,
+      right=0.995,
+      top=1 - 0.24 / page,
+      bottom=0.46 / page,
+      hspace=0.0,
+    )
+    for n in range(lines):
+      part = slice(n * columns, (n + 1) * columns)
+      shown = _frame_row(
+        figure,
+        matplotlib.gridspec.GridSpecFromSubplotSpec(
+          2, 1, rows[n], height_ratios=[line - 0.24, 0.24], hspace=0
+        )[0],
+        columns,
+        frames[part],
+        frame_s[part],
+        (),
+        label if n == 0 else "",
+        _BLUE,
+      )
+    lower = matplotlib.gridspec.GridSpecFromSubplotSpec(
+      2, 1, rows[lines], height_ratios=[0.4, 1.95], hspace=0
+    )
+    axes = figure.add_subplot(lower[1])
+    marks = [(f"{label} keyframe", frame_s, _BLUE)]
+    _curve(axes, score, time_s, apex, (), marks, score_name)
+    if lines == 1:  # lines would cross the pictures of further rows
+      _connect(shown, axes, frame_s)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
   return path
 
 
@@ -288,9 +362,27 @@ def _frame_row(
   return made
 
 
-def _curve(
-  axes, score, time_s, apex, events, uniform_s, tad_s, score_name
-) -> None:
+def _connect(shown, axes, seconds) -> None:
+  """A line from each frame down to its time on the curve."""
+  for cell_axes, second in zip(shown, seconds, strict=True):
+    axes.add_artist(
+      matplotlib.patches.ConnectionPatch(
+        (0.5, 0.0),
+        (second, 1.0),
+        "axes fraction",
+        axes.get_xaxis_transform(),
+        axesA=cell_axes,
+        axesB=axes,
+        color=_BLUE,
+        linewidth=0.8,
+        alpha=0.55,
+        clip_on=False,
+      )
+    )
+
+
+def _curve(axes, score, time_s, apex, events, marks, score_name) -> None:
+  """The score over time; `marks` are (label, seconds, color) below it."""
   label = "true event"
   for start, end, name in events:
     axes.axvspan(start, end, color=_AMBER, alpha=0.28, linewidth=0, label=label)
@@ -322,26 +414,17 @@ def _curve(
   strip = {"linestyle": "none", "clip_on": False, "zorder": 5}
   top = float(np.nanmax(score, initial=0.0)) or 1.0
   axes.set_ylim(-0.14 * top, 1.22 * top)
-  axes.plot(
-    tad_s,
-    [-0.05 * top] * len(tad_s),
-    marker="|",
-    markersize=9,
-    markeredgewidth=2.2,
-    color=_BLUE,
-    label="TAD keyframe",
-    **strip,
-  )
-  axes.plot(
-    uniform_s,
-    [-0.10 * top] * len(uniform_s),
-    marker="|",
-    markersize=9,
-    markeredgewidth=2.2,
-    color=_GREY,
-    label="uniform frame",
-    **strip,
-  )
+  for row, (label, seconds, color) in enumerate(marks, start=1):
+    axes.plot(
+      seconds,
+      [-0.05 * row * top] * len(seconds),
+      marker="|",
+      markersize=9,
+      markeredgewidth=2.2,
+      color=color,
+      label=label,
+      **strip,
+    )
   if len(time_s) > 1:
     axes.set_xlim(time_s[0], time_s[-1])
   axes.set_xlabel("time (s)")

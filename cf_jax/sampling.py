@@ -8,14 +8,21 @@ completions in place; only the completions' own slots are written. Decoding is
 one `lax.while_loop` that ends when every row has ended. Temperature, top-p,
 top-k and the banned ids are arguments, so that changing one never recompiles
 and a trace never keeps an old one.
+
+`generate` is `start` and one `advance` to the end. A program that shows tokens
+as they come jits the two itself, donates the state, and gives `advance` a limit
+that grows: the tokens are those of `generate`.
 """
 
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from cf_jax import grpo
 from cf_jax.models import config as model_config
-from cf_jax.models import vlm
+from cf_jax.models import decoder, vlm
 from cf_jax.types import Prompt, Rollout
 
 
@@ -50,6 +57,246 @@ def filter_logits(
   )
 
 
+@flax.struct.dataclass
+class Decoding:
+  """Completions half-way: what `advance` takes and gives back.
+
+  Attributes:
+    slot: int32[] tokens that every row has; rows that ended hold end tokens.
+    token: int32[B, G, C] completion ids.
+    logprob: float32[B, G, C], see `Rollout`.
+    mask: bool[B, G, C] True up to and including the end token.
+    done: bool[B, G] rows that have ended.
+    last: int32[B, G] the newest tokens, not yet fed to the model.
+    position: int32[B] M-RoPE position of a video's first completion token.
+    key: uint32[B, G, 2] raw keys; a draw folds its slot number in.
+    prefix_mask: bool[B, S] real prompt slots.
+    prefix_cache: keys and values of the prompts, each float[L, B, S, M, H].
+    cache: keys and values of the completions, each L float[B, G, C, M, H].
+  """
+
+  slot: jax.Array
+  token: jax.Array
+  logprob: jax.Array
+  mask: jax.Array
+  done: jax.Array
+  last: jax.Array
+  position: jax.Array
+  key: jax.Array
+  prefix_mask: jax.Array
+  prefix_cache: decoder.PrefixCache
+  cache: decoder.CompletionCache
+
+  @property
+  def rollout(self) -> Rollout:
+    """The completions so far."""
+    return Rollout(
+      token=self.token,
+      mask=self.mask,
+      logprob=self.logprob,
+      finished=self.done,
+    )
+
+
+def _ends(token: jax.Array, eos_id: int | Sequence[int]) -> jax.Array:
+  """bool[...]: is it one of the end tokens?"""
+  return jnp.isin(token, jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)))
+
+
+def _filler(eos_id: int | Sequence[int]) -> jax.Array:
+  """int32[]: the (first) end token, which fills what follows an end."""
+  return jnp.asarray(eos_id, jnp.int32).reshape(-1)[0]
+
+
+def _draw(
+  config, params, hidden, key, slot, banned, *, temperature, top_p, top_k
+):
+  """[B, G, D] -> token int32[B, G] and its log-probability."""
+  temperature = jnp.asarray(temperature, jnp.float32)
+  logits = vlm.logits(config, params, hidden)
+  logprobs = jax.nn.log_softmax(grpo.ban(logits, banned), axis=-1)
+  scaled = logprobs / jnp.where(temperature > 0, temperature, 1)
+  scaled = filter_logits(
+    scaled,
+    top_p=jnp.asarray(top_p, jnp.float32),
+    top_k=jnp.asarray(top_k, jnp.int32),
+  )
+  noise = jax.vmap(
+    jax.vmap(
+      lambda raw: jax.random.gumbel(
+        jax.random.fold_in(jax.random.wrap_key_data(raw), slot),
+        scaled.shape[-1:],
+      )
+    )
+  )(key)
+  noisy = jnp.where(temperature > 0, scaled + noise, logprobs)
+  token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+  logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)
+  return token, logprob[..., 0]
+
+
+def _write(buffer, value, slot):
+  """Puts [B, G] into slot number `slot` of [B, G, C]."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    buffer, value[..., None].astype(buffer.dtype), slot, axis=2
+  )
+
+
+def start(
+  config: model_config.VLMConfig,
+  params: dict,
+  prompt: Prompt,
+  visual: jax.Array,
+  seed: jax.Array,
+  banned: jax.Array,
+  *,
+  num_completions: int,
+  max_tokens: int,
+  eos_id: int | Sequence[int],
+  temperature: jax.Array | float = 1.0,
+  top_p: jax.Array | float = 1.0,
+  top_k: jax.Array | int = 0,
+) -> Decoding:
+  """Runs the prompts and draws the first token of every completion.
+
+  Args and Raises: see `generate`.
+
+  Returns:
+    Decoding with one token in every row.
+  """
+  num_videos = prompt.token.shape[0]
+  with jax.named_scope("prefill"):
+    embedded = vlm.embed(config, params, prompt.token, prompt.visual, visual)
+    hidden, prefix_cache = vlm.prefill(
+      config, params, embedded, prompt.position, prompt.mask
+    )
+    last = jnp.sum(prompt.mask, axis=1) - 1  # [B]
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B,1,D]
+    position = 1 + jnp.max(
+      jnp.where(prompt.mask[:, None], prompt.position, 0), axis=(1, 2)
+    )
+
+  shape = (num_videos, num_completions)
+  key = jax.vmap(
+    lambda raw: jax.vmap(
+      lambda g: jax.random.key_data(
+        jax.random.fold_in(jax.random.wrap_key_data(raw), g)
+      )
+    )(jnp.arange(num_completions))
+  )(seed)
+  first, logprob = _draw(
+    config,
+    params,
+    jnp.broadcast_to(hidden, (*shape, hidden.shape[-1])),
+    key,
+    0,
+    banned,
+    temperature=temperature,
+    top_p=top_p,
+    top_k=top_k,
+  )
+  slots = (*shape, max_tokens)
+  return Decoding(
+    slot=jnp.int32(1),
+    token=_write(jnp.full(slots, _filler(eos_id)), first, 0),
+    logprob=_write(jnp.zeros(slots, jnp.float32), logprob, 0),
+    mask=_write(jnp.zeros(slots, bool), jnp.ones(shape, bool), 0),
+    done=_ends(first, eos_id),
+    last=first,
+    position=position,
+    key=key,
+    prefix_mask=prompt.mask,
+    prefix_cache=prefix_cache,
+    cache=vlm.init_completion_cache(config, *slots),
+  )
+
+
+def advance(
+  config: model_config.VLMConfig,
+  params: dict,
+  decoding: Decoding,
+  limit: jax.Array | int,
+  banned: jax.Array,
+  *,
+  eos_id: int | Sequence[int],
+  temperature: jax.Array | float = 1.0,
+  top_p: jax.Array | float = 1.0,
+  top_k: jax.Array | int = 0,
+) -> Decoding:
+  """Goes on until the completions have `limit` tokens or all have ended.
+
+  Args:
+    config: the model's shape.
+    params: the policy's parameters.
+    decoding: from `start` or `advance`; donate it, its caches are the memory.
+    limit: int32[] tokens, those before counted; C where it is more.
+    banned: as in `generate`, as all that follows.
+    eos_id: ends a completion.
+    temperature: 0 is greedy.
+    top_p: nucleus mass.
+    top_k: 0 is off.
+
+  Returns:
+    Decoding; unchanged where nothing was left to do.
+  """
+  num_videos, num_completions, max_tokens = decoding.token.shape
+  limit = jnp.minimum(jnp.asarray(limit, jnp.int32), max_tokens)
+
+  def body(moving):
+    slot = moving.slot
+    position = jnp.broadcast_to(
+      (decoding.position + slot - 1)[:, None, None],
+      (num_videos, 3, num_completions),
+    )
+    hidden, cache = vlm.decode_step(
+      config,
+      params,
+      moving.last,
+      position,
+      decoding.prefix_cache,
+      decoding.prefix_mask,
+      moving.cache,
+      slot - 1,
+    )
+    drawn, logprob = _draw(
+      config,
+      params,
+      hidden,
+      decoding.key,
+      slot,
+      banned,
+      temperature=temperature,
+      top_p=top_p,
+      top_k=top_k,
+    )
+    alive = ~moving.done
+    drawn = jnp.where(alive, drawn, _filler(eos_id))
+    return moving.replace(
+      slot=slot + 1,
+      token=_write(moving.token, drawn, slot),
+      logprob=_write(moving.logprob, jnp.where(alive, logprob, 0), slot),
+      mask=_write(moving.mask, alive, slot),
+      done=moving.done | _ends(drawn, eos_id),
+      last=drawn,
+      cache=cache,
+    )
+
+  # What stays the same is read from outside the loop, not carried through it.
+  fixed = dict(
+    position=decoding.position,
+    key=decoding.key,
+    prefix_mask=decoding.prefix_mask,
+    prefix_cache=decoding.prefix_cache,
+  )
+  with jax.named_scope("decode"):
+    moved = jax.lax.while_loop(
+      lambda moving: (moving.slot < limit) & ~jnp.all(moving.done),
+      body,
+      decoding.replace(**dict.fromkeys(fixed)),
+    )
+  return moved.replace(**fixed)
+
+
 def generate(
   config: model_config.VLMConfig,
   params: dict,
@@ -60,7 +307,7 @@ def generate(
   *,
   num_completions: int,
   max_tokens: int,
-  eos_id: int,
+  eos_id: int | Sequence[int],
   temperature: jax.Array | float = 1.0,
   top_p: jax.Array | float = 1.0,
   top_k: jax.Array | int = 0,
@@ -77,7 +324,8 @@ def generate(
     banned: bool[V] ids that are never sampled.
     num_completions: G.
     max_tokens: C, the length limit.
-    eos_id: the id that ends a completion (it is kept in the rollout).
+    eos_id: the id that ends a completion (it is kept in the rollout), or
+      several of which any does; the first fills the slots after an end.
     temperature: 0 is greedy.
     top_p: nucleus mass; 1 is off.
     top_k: 0 is off.
@@ -85,115 +333,21 @@ def generate(
   Returns:
     Rollout; `logprob` is the policy's own (temperature 1, banned ids left out).
   """
-  num_videos = prompt.token.shape[0]
-  temperature = jnp.asarray(temperature, jnp.float32)
-  top_p = jnp.asarray(top_p, jnp.float32)
-  top_k = jnp.asarray(top_k, jnp.int32)
-
-  with jax.named_scope("prefill"):
-    embedded = vlm.embed(config, params, prompt.token, prompt.visual, visual)
-    hidden, cache = vlm.prefill(
-      config, params, embedded, prompt.position, prompt.mask
-    )
-    last = jnp.sum(prompt.mask, axis=1) - 1  # [B]
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B,1,D]
-    start = 1 + jnp.max(
-      jnp.where(prompt.mask[:, None], prompt.position, 0), axis=(1, 2)
-    )
-
-  shape = (num_videos, num_completions)
-  # Row keys: [B, G] typed keys, folded with the slot number at every draw.
-  key = jax.vmap(
-    lambda raw: jax.vmap(
-      lambda g: jax.random.fold_in(jax.random.wrap_key_data(raw), g)
-    )(jnp.arange(num_completions))
-  )(seed)
-
-  def draw(hidden, slot):
-    """[B, G, D] -> token int32[B, G] and its log-probability."""
-    logits = vlm.logits(config, params, hidden)
-    logprobs = jax.nn.log_softmax(grpo.ban(logits, banned), axis=-1)
-    scaled = logprobs / jnp.where(temperature > 0, temperature, 1)
-    scaled = filter_logits(scaled, top_p=top_p, top_k=top_k)
-    noise = jax.vmap(
-      jax.vmap(
-        lambda k: jax.random.gumbel(
-          jax.random.fold_in(k, slot), scaled.shape[-1:]
-        )
-      )
-    )(key)
-    noisy = jnp.where(temperature > 0, scaled + noise, logprobs)
-    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-    logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)
-    return token, logprob[..., 0]
-
-  def write(buffer, value, slot):
-    return jax.lax.dynamic_update_slice_in_dim(
-      buffer, value[..., None].astype(buffer.dtype), slot, axis=2
-    )
-
-  first_token, first_logprob = draw(
-    jnp.broadcast_to(hidden, (*shape, hidden.shape[-1])), 0
+  drawing = dict(
+    eos_id=eos_id, temperature=temperature, top_p=top_p, top_k=top_k
   )
-  token = write(
-    jnp.full((*shape, max_tokens), eos_id, jnp.int32), first_token, 0
+  begun = start(
+    config,
+    params,
+    prompt,
+    visual,
+    seed,
+    banned,
+    num_completions=num_completions,
+    max_tokens=max_tokens,
+    **drawing,
   )
-  logprob = write(
-    jnp.zeros((*shape, max_tokens), jnp.float32), first_logprob, 0
-  )
-  mask = write(jnp.zeros((*shape, max_tokens), bool), jnp.ones(shape, bool), 0)
-  carry = dict(
-    slot=jnp.int32(1),
-    token=token,
-    logprob=logprob,
-    mask=mask,
-    done=first_token == eos_id,
-    last=first_token,
-    cache=vlm.init_completion_cache(
-      config, num_videos, num_completions, max_tokens
-    ),
-  )
-
-  def body(carry):
-    slot = carry["slot"]
-    position = jnp.broadcast_to(
-      (start + slot - 1)[:, None, None], (num_videos, 3, num_completions)
-    )
-    hidden, completion_cache = vlm.decode_step(
-      config,
-      params,
-      carry["last"],
-      position,
-      cache,
-      prompt.mask,
-      carry["cache"],
-      slot - 1,
-    )
-    drawn, drawn_logprob = draw(hidden, slot)
-    alive = ~carry["done"]
-    drawn = jnp.where(alive, drawn, eos_id)
-    return dict(
-      slot=slot + 1,
-      token=write(carry["token"], drawn, slot),
-      logprob=write(carry["logprob"], jnp.where(alive, drawn_logprob, 0), slot),
-      mask=write(carry["mask"], alive, slot),
-      done=carry["done"] | (drawn == eos_id),
-      last=drawn,
-      cache=completion_cache,
-    )
-
-  with jax.named_scope("decode"):
-    carry = jax.lax.while_loop(
-      lambda carry: (carry["slot"] < max_tokens) & ~jnp.all(carry["done"]),
-      body,
-      carry,
-    )
-  return Rollout(
-    token=carry["token"],
-    mask=carry["mask"],
-    logprob=carry["logprob"],
-    finished=carry["done"],
-  )
+  return advance(config, params, begun, max_tokens, banned, **drawing).rollout
 
 
 def row_seeds(rng: jax.Array, sample: jax.Array) -> jax.Array:

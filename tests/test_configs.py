@@ -1,5 +1,9 @@
-"""Every config builds, and every subtree is the keywords of one function."""
+"""Every config builds, and every subtree is the keywords of one function.
 
+What a subtree binds to is said per program.
+"""
+
+import dataclasses
 import inspect
 import re
 
@@ -8,66 +12,108 @@ import ml_collections
 import pytest
 
 from cf_jax import grpo, rewards, sampling, tad, views
-from cf_jax.data import pipeline, prompts, synthetic
+from cf_jax.data import pipeline, prompts, synthetic, video
 from cf_jax.main import PROGRAMS
 from cf_jax.models import config as model_config
-from cf_jax.models import vlm
-from cf_jax.programs import evaluate
+from cf_jax.models import lora, vlm
+from cf_jax.programs import ask, evaluate, policies
 from cf_jax.runtime import checkpoint, optim, sharding
 from tests.conftest import ROOT, load_config
 
 
-def variants():
-  """(file, argument) of every config, the arguments as its docstring says."""
+def variants(program=None):
+  """(file, argument) of every config, the arguments as its docstring says.
+
+  With `program`, of its configs alone.
+  """
   for path in sorted((ROOT / "configs").glob("*.py")):
     name = f"configs/{path.name}"
     documented = re.findall(rf"{re.escape(name)}:([\w,=.]+)", path.read_text())
     for arg in [None, *sorted(set(documented))]:
-      yield pytest.param(name, arg, id=path.stem + (f":{arg}" if arg else ""))
+      if program in (None, load_config(name, arg).program):
+        yield pytest.param(name, arg, id=path.stem + (f":{arg}" if arg else ""))
 
 
 every = pytest.mark.parametrize(("path", "arg"), list(variants()))
+every_train = pytest.mark.parametrize(("path", "arg"), list(variants("train")))
 
 
-def _optimizer(**settings):
+def _optimizer(*, frozen, **settings):
+  """As the programs take it: `frozen` says what it never sees."""
+  assert all(re.compile(pattern) for pattern in frozen)
   shapes = jax.eval_shape(
     lambda: vlm.init(model_config.tiny(), jax.random.key(0))
   )
   return optim.make_optimizer(shapes, **settings)
 
 
-# Subtree -> the function whose keywords it is, and what the program gives.
+# Program -> subtree -> the function whose keywords it is, and what the program
+# gives itself.
+MESH = (sharding.make_mesh, (), {})
 BINDS = {
-  "mesh": (sharding.make_mesh, (), {}),
-  "data.synthetic": (synthetic.ensure, ("cache",), {"seed": 0}),
-  "data.loader": (
-    pipeline.make_loader,
-    ([],),
-    dict(
-      batch_size=1, seed=0, max_skip_fraction=0.0, shard_index=0, shard_count=1
+  "train": {
+    "mesh": MESH,
+    "data.synthetic": (synthetic.ensure, ("cache",), {"seed": 0}),
+    "data.loader": (
+      pipeline.make_loader,
+      ([],),
+      dict(
+        batch_size=1,
+        seed=0,
+        max_skip_fraction=0.0,
+        shard_index=0,
+        shard_count=1,
+      ),
     ),
-  ),
-  "data.reader": (pipeline.FrameReader, (), {}),
-  "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
-  "tad": (tad.select_keyframes, (None,), {}),
-  "prompt.build": (
-    prompts.build_prompt,
-    (None, "", ()),
-    dict(frame_time_s=(), grid=(1, 1)),
-  ),
-  "model": (model_config.make, (), {"vocab_size": 1}),
-  "sampling": (sampling.generate, (None,) * 6, {"eos_id": 0}),
-  "reward": (rewards.combine, ({},), {}),
-  "contrast": (rewards.contrast_bonus, (None,) * 4, {"shuffled_mask": None}),
-  "advantage": (grpo.group_advantages, (None,), {}),
-  "loss": (grpo.policy_loss, (None,) * 6, {}),
-  "sft.optim": (_optimizer, (), {}),
-  "rl.optim": (_optimizer, (), {}),
-  "checkpoint": (checkpoint.Checkpoints, ("folder",), {}),
-  "evaluation": (evaluate.Evaluator, (None, []), {"max_tokens": 1}),
+    "data.reader": (pipeline.FrameReader, (), {}),
+    "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
+    "tad": (tad.select_keyframes, (None,), {}),
+    "prompt.build": (
+      prompts.build_prompt,
+      (None, "", ()),
+      dict(frame_time_s=(), grid=(1, 1)),
+    ),
+    "model": (model_config.make, (), {"vocab_size": 1}),
+    "lora": (lora.init, ({}, None), {}),
+    "sampling": (sampling.generate, (None,) * 6, {"eos_id": 0}),
+    "reward": (rewards.combine, ({},), {}),
+    "contrast": (rewards.contrast_bonus, (None,) * 4, {"shuffled_mask": None}),
+    "advantage": (grpo.group_advantages, (None,), {}),
+    "loss": (grpo.policy_loss, (None,) * 6, {}),
+    "sft.optim": (_optimizer, (), {}),
+    "rl.optim": (_optimizer, (), {}),
+    "checkpoint": (checkpoint.Checkpoints, ("folder",), {}),
+    "evaluation": (evaluate.Evaluator, (None, []), {"max_tokens": 1}),
+  },
+  "ask": {
+    "mesh": MESH,
+    "scan": (video.scan_frames, ("file",), {}),
+    "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
+    "frame": (
+      video.fit_size,
+      (1, 1),
+      dict(num_frames=1, factor=28, frames_per_slice=1),
+    ),
+    "prompt.build": (
+      prompts.build_prompt,
+      (None, "", ()),
+      dict(frame_time_s=(), grid=(1, 1), tokens_per_second=2),
+    ),
+    "sampling": (
+      sampling.generate,
+      (None,) * 6,
+      {"eos_id": 0, "num_completions": 1},
+    ),
+  },
+  "export": {"mesh": MESH},
 }
-# Read key by key by the programs (test_train.py checks that each is read).
-PLAIN = ("", "data", "prompt", "sft", "rl", "report", "reward.weight")
+# Read key by key by the programs (test_train.py and test_ask.py check that
+# each is read).
+PLAIN = {
+  "train": ("", "data", "prompt", "sft", "rl", "report", "reward.weight"),
+  "ask": ("", "prompt"),
+  "export": ("",),
+}
 # `tau` is rollout_contrast's; the views of `num_shuffles` are made before.
 ELSEWHERE = {"contrast": ("num_shuffles", "tau")}
 
@@ -99,21 +145,23 @@ def test_an_unknown_argument_is_an_error(path, arg):
 
 @every
 def test_every_subtree_binds(path, arg):
-  for name, subtree in subtrees(load_config(path, arg)):
-    if name in PLAIN or name.startswith("model."):
+  config = load_config(path, arg)
+  binds, plain = BINDS[config.program], PLAIN[config.program]
+  for name, subtree in subtrees(config):
+    if name in plain or name.startswith("model."):
       continue
-    assert name in BINDS, (
+    assert name in binds, (
       f"{path} has {name}: name the function that takes it in BINDS"
     )
-    function, args, given = BINDS[name]
+    function, args, given = binds[name]
     settings = {
       key: value
       for key, value in subtree.items()
       if key not in ELSEWHERE.get(name, ())
       and (
         not isinstance(value, ml_collections.ConfigDict)
-        or name not in PLAIN
-        and f"{name}.{key}" not in BINDS
+        or name not in plain
+        and f"{name}.{key}" not in binds
       )
     }
     signature = inspect.signature(function)
@@ -129,13 +177,18 @@ def test_every_subtree_binds(path, arg):
         assert not extra or function is _optimizer, f"{name}: {extra}"
 
 
-@every
+@every_train
 def test_values_are_accepted(path, arg):
   """What only shows when the function is called."""
   config = load_config(path, arg)
   _optimizer(**config.sft.optim)
   _optimizer(**config.rl.optim)
-  model_config.make(vocab_size=500, **config.model)
+  if config.model.size:
+    model_config.make(vocab_size=500, **config.model)
+  else:  # a directory says what the model is
+    how = {key: config.model[key] for key in config.model if key != "size"}
+    assert set(how) <= set(policies.RUN_FIELDS)
+    dataclasses.replace(model_config.tiny(), **how)
   views.make_selector(descriptor="pixels", **config.tad)
   assert set(config.evaluation.arms) <= set(views.ARMS)
   assert set(config.data.synthetic.tasks) <= set(synthetic.TASKS)
@@ -156,6 +209,27 @@ def test_values_are_accepted(path, arg):
   # The schedule ends with the stage.
   assert config.sft.optim.total_steps >= config.sft.max_steps
   assert config.rl.optim.total_steps >= config.rl.steps
+
+
+def test_every_program_has_a_config():
+  programs = {load_config(*variant.values).program for variant in variants()}
+  assert programs == set(PROGRAMS) == set(BINDS) == set(PLAIN)
+
+
+def test_values_of_ask_are_accepted():
+  config = load_config("configs/ask.py")
+  config.update(checkpoint="folder", video="file", question="why?")
+  ask.check_settings(config)
+  settled = ask.settle(config, model_config.qwen2_5_vl_7b())
+  rows, columns = video.fit_size(1080, 1920, num_frames=8, **settled.frame)
+  assert (rows, columns) == (336, 588) and rows * columns <= 256 * 28 * 28
+  empty = [
+    name
+    for name, subtree in subtrees(settled)
+    for value in subtree.values()
+    if value is None
+  ]
+  assert empty == ["", "frame", "prompt.build"]  # dtype, total_pixels, system
 
 
 @every

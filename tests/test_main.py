@@ -111,6 +111,11 @@ def test_bad_data_source(tmp_path):
   assert "got 'synthetik'; change config.data.source" in said
 
 
+def test_nothing_to_ask():
+  said = _sentence("--config=configs/ask.py", "--config.video=clip.mp4")
+  assert "set --config.checkpoint= to a Qwen2.5-VL directory" in said
+
+
 def test_help_is_not_an_error():
   ran = _run("--help")
   assert "--config" in ran.stdout and "Traceback" not in ran.stderr

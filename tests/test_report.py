@@ -261,6 +261,38 @@ def test_film_strip_draws_odd_videos(tmp_path, settings):
   assert strip(tmp_path / "a.png", **settings).stat().st_size > 5000
 
 
+def test_keyframe_strip_has_a_row_for_every_eight(tmp_path):
+  def draw(count, **settings):
+    time_s = np.arange(16) / 4
+    path = report.keyframe_strip(
+      tmp_path / f"{count}.png",
+      frames=np.zeros((count, 8, 12, 3), np.uint8),
+      frame_s=np.linspace(0.2, 3.0, count),
+      score=np.sin(time_s) ** 2,
+      time_s=time_s,
+      apex=np.arange(16) == 6,
+      **settings,
+    )
+    return matplotlib.image.imread(path)
+
+  one, eight, nine, more = (draw(count) for count in (1, 8, 9, 17))
+  row = nine.shape[0] - eight.shape[0]
+  assert row > 50 and more.shape[0] - nine.shape[0] == pytest.approx(row, abs=2)
+  assert one.shape[1] == eight.shape[1] == more.shape[1]
+  # The pictures are black; so much of a page is.
+  black = [(page[..., :3].max(-1) == 0).sum() for page in (eight, more)]
+  assert black[1] / black[0] == pytest.approx(17 / 8, rel=0.1)
+  with pytest.raises(ValueError, match="frames 2, frame_s 3"):
+    report.keyframe_strip(
+      tmp_path / "a.png",
+      frames=np.zeros((2, 8, 12, 3), np.uint8),
+      frame_s=[0, 1, 2],
+      score=[0],
+      time_s=[0],
+      apex=[False],
+    )
+
+
 def test_film_strip_refuses_unequal_lengths(tmp_path):
   with pytest.raises(ValueError, match="tad_frames 4, tad_s 3"):
     strip(tmp_path / "a.png", tad_s=[0.0, 1.0, 2.0])

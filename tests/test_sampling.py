@@ -34,7 +34,7 @@ def generate(scene):
   """Jitted; lengths are static, how to sample is not."""
   return jax.jit(
     functools.partial(sampling.generate, scene.config),
-    static_argnames=("num_completions", "max_tokens", "eos_id"),
+    static_argnames=("num_completions", "max_tokens"),
   )
 
 
@@ -57,11 +57,91 @@ def sample(scene, visual, generate):
     )
     prompt = jax.tree.map(lambda x: x[rows], scene.view.prompt)
     banned = scene.banned if banned is None else banned
+    settings["eos_id"] = np.resize(settings["eos_id"], 2)  # one shape for all
     return generate(
       scene.params, prompt, visual[rows], seeds[rows], banned, **settings
     )
 
   return sample
+
+
+@pytest.fixture(scope="module")
+def piecewise(scene, visual):
+  """Like `sample`, but by `advance` up to each limit in turn."""
+  start = jax.jit(
+    functools.partial(sampling.start, scene.config),
+    static_argnames=("num_completions", "max_tokens"),
+  )
+  advance = jax.jit(
+    functools.partial(sampling.advance, scene.config), donate_argnums=1
+  )
+
+  def piecewise(limits, *, eos_id=EOS, banned=scene.banned, **settings):
+    seeds = sampling.row_seeds(jax.random.key(0), jnp.arange(3))
+    how = dict(temperature=1.0, top_p=1.0, top_k=0) | settings
+    how["eos_id"] = np.resize(eos_id, 2)
+    decoding = start(
+      scene.params,
+      scene.view.prompt,
+      visual,
+      seeds,
+      banned,
+      num_completions=G,
+      max_tokens=C,
+      **how,
+    )
+    slots = [int(decoding.slot)]
+    for limit in limits:
+      decoding = advance(scene.params, decoding, np.int32(limit), banned, **how)
+      slots.append(int(decoding.slot))
+    return decoding, slots
+
+  piecewise.programs = advance._cache_size
+  return piecewise
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [{}, dict(temperature=0.0), dict(temperature=1.7, top_p=0.8, top_k=9)],
+)
+def test_in_pieces_it_is_bitwise_the_same(sample, piecewise, settings):
+  whole = sample(**settings)
+  for limits in ([C], [2, 3, 3, 5, 99], list(range(1, C + 1))):
+    decoding, slots = piecewise(limits, **settings)
+    for name in ("token", "mask", "logprob", "finished"):
+      np.testing.assert_array_equal(
+        getattr(decoding.rollout, name), getattr(whole, name), err_msg=name
+      )
+    assert slots == [1, *np.minimum(limits, C)]
+
+
+def test_the_limit_is_an_argument(piecewise):
+  piecewise([2])
+  programs = piecewise.programs()
+  piecewise([3, 4, 6])
+  assert piecewise.programs() == programs
+
+
+def test_several_end_tokens(sample, piecewise):
+  """Any of them ends a row; the first fills what follows."""
+  free = np.asarray(sample(eos_id=0).token)  # 0 is banned: nothing ends a row
+  ends = (EOS, int(free[0, 0, 2]))
+  ended = np.isin(free, ends)
+  first = np.where(ended.any(-1), ended.argmax(-1), C)
+  mask = np.arange(C) <= first[..., None]
+  assert mask.all(axis=-1).any() and not mask.all()  # both kinds are drawn
+  several = sample(eos_id=ends)
+  np.testing.assert_array_equal(several.mask, mask)
+  np.testing.assert_array_equal(several.token, np.where(mask, free, EOS))
+  np.testing.assert_array_equal(several.finished, first < C)
+  decoding, _ = piecewise([2, C], eos_id=ends)
+  np.testing.assert_array_equal(decoding.token, several.token)
+
+
+def test_nothing_is_drawn_after_the_last_end(piecewise):
+  only = jnp.arange(40) != EOS  # all banned but the end
+  decoding, slots = piecewise([3, C], banned=only)
+  assert slots == [1, 1, 1] and bool(decoding.done.all())
 
 
 @pytest.mark.parametrize(

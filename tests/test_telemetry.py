@@ -243,6 +243,27 @@ def test_progress_on_a_terminal_is_a_bar_and_gives_the_log_back():
   assert "KF-GRPO" in shown and "2/4" in shown and "reward 0.5" in shown
 
 
+def test_waiting_is_a_spinner_or_a_line(caplog):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=100)
+  before = logging.get_absl_handler().python_handler.stream
+  with telemetry.waiting("loading [b]", console=console):
+    pass
+  assert logging.get_absl_handler().python_handler.stream is before
+  assert "loading [b]" in file.getvalue()
+  logging.get_absl_logger().addHandler(caplog.handler)
+  try:
+    console = rich.console.Console(file=io.StringIO(), force_terminal=False)
+    with (
+      caplog.at_level("INFO", logger="absl"),
+      telemetry.waiting("loading", console=console),
+    ):
+      pass
+  finally:
+    logging.get_absl_logger().removeHandler(caplog.handler)
+  assert "loading" in [record.getMessage() for record in caplog.records]
+
+
 def test_an_inactive_host_shows_no_progress():
   file = io.StringIO()
   console = rich.console.Console(file=file, force_terminal=True)

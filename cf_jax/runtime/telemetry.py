@@ -509,16 +509,52 @@ def _bar(
     rich.progress.TextColumn("[dim]{task.fields[note]}"),
     console=console,
   )
-  handler = logging.get_absl_handler().python_handler
-  with bar:
+  with _logged_above(bar):
     task = bar.add_task(description, total=total, completed=start, note="")
-    # rich replaces sys.stderr so that lines scroll above the bar; absl's
-    # handler still holds the old stream and would write into the bar.
+    yield Progress(
+      lambda done, note: bar.update(task, completed=done, note=note), start
+    )
+
+
+@contextlib.contextmanager
+def waiting(
+  description: str, *, console: rich.console.Console | None = None
+) -> Iterator[None]:
+  """A spinner with a clock around one long step; a log line elsewhere.
+
+  Args:
+    description: what is waited for.
+    console: where to draw; standard error by default.
+  """
+  console = console or rich.console.Console(stderr=True)
+  if not console.is_terminal:
+    logging.info("%s", description)
+    yield
+    return
+  spinner = rich.progress.Progress(
+    rich.progress.SpinnerColumn(),
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.TimeElapsedColumn(),
+    console=console,
+    transient=True,
+  )
+  with _logged_above(spinner):
+    spinner.add_task(rich.markup.escape(description), total=None)
+    yield
+
+
+@contextlib.contextmanager
+def _logged_above(drawn: rich.progress.Progress) -> Iterator[None]:
+  """Draws, with log lines scrolling above.
+
+  rich replaces sys.stderr for that; absl's handler still holds the old stream
+  and would write into the drawing.
+  """
+  handler = logging.get_absl_handler().python_handler
+  with drawn:
     stream, handler.stream = handler.stream, sys.stderr
     try:
-      yield Progress(
-        lambda done, note: bar.update(task, completed=done, note=note), start
-      )
+      yield
     finally:
       handler.stream = stream
 
