@@ -323,7 +323,7 @@ def decode(
       )
       return mixed[:, :, 0]
 
-    layer_params = jax.tree.map(lambda p, i=layer: p[i], params["layers"])
+    layer_params = layers.take_layer(params["layers"], layer)
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
   hidden = _final_norm(config).apply({"params": params["norm"]}, x)
   return hidden, {name: tuple(rows) for name, rows in updated.items()}

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cf_jax.models import lora
+
 # Below every real score, and finite: -inf - -inf is NaN.
 _LOWEST = -1e30
 
@@ -64,6 +66,23 @@ class SwiGLU(nn.Module):
     return dense(x.shape[-1], "down")(nn.silu(gate) * up)
 
 
+class _Linear(nn.DenseGeneral):
+  """A linear layer that adds the adapters that lie beside its kernel.
+
+  See `models/lora.py`.
+  """
+
+  def __call__(self, x):
+    y = super().__call__(x)
+    if not self.has_variable("params", "lora_a"):
+      return y
+    a, b, scale = (self.get_variable("params", name) for name in lora.LEAVES)
+    inputs = 1 if isinstance(self.axis, int) else len(self.axis)
+    low = jnp.tensordot(x.astype(self.dtype), a.astype(self.dtype), inputs)
+    high = jnp.tensordot(low, b.astype(self.dtype), 1)
+    return y + high * scale.astype(self.dtype)
+
+
 def linear(
   features: int | tuple[int, ...],
   *,
@@ -75,7 +94,7 @@ def linear(
   axis: int | tuple[int, ...] = -1,
 ) -> nn.Module:
   """Every matmul with a kernel of the model; kernels are [in..., out...]."""
-  return nn.DenseGeneral(
+  return _Linear(
     features,
     axis=axis,
     use_bias=use_bias,
@@ -107,9 +126,9 @@ def scan_stack(
     body: one layer.
     x: what flows through the layers.
     stacked: pytree with a leading axis `L`: parameters and what else differs
-      between layers.
+      between layers. Or a list of one pytree a layer, see `unstack`.
     remat: see `VLMConfig.remat`.
-    unroll: layers per iteration.
+    unroll: layers per iteration; a list is a loop written out.
 
   Returns:
     x after the last layer, and the layers' outputs stacked on `L`.
@@ -122,7 +141,36 @@ def scan_stack(
       prevent_cse=False,
       policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     )
-  return jax.lax.scan(body, x, stacked, unroll=unroll)
+  if not isinstance(stacked, list):
+    return jax.lax.scan(body, x, stacked, unroll=unroll)
+  outs = []
+  for layer in stacked:
+    x, out = body(x, layer)
+    outs.append(out)
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def unstack(stacked: Any) -> list:
+  """One tree a layer, from a tree with a leading axis `L`, which is freed.
+
+  A loop over tokens that takes layers out of a stack keeps a copy of all of
+  them while it runs, and makes it anew each time. What answers one question has
+  no use for the stack, and may not have the memory for both.
+  """
+  leaves, tree = jax.tree.flatten(stacked)
+  size = leaves[0].shape[0]
+  split = []
+  for leaf in leaves:
+    split.append(jax.block_until_ready([leaf[i] for i in range(size)]))
+    leaf.delete()
+  return [tree.unflatten(column) for column in zip(*split, strict=True)]
+
+
+def take_layer(stacked: Any, layer: int) -> Any:
+  """Parameters of one layer of a stack or of a list."""
+  if isinstance(stacked, list):
+    return stacked[layer]
+  return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
 def _attend_xla(query, key, value, mask):

@@ -241,6 +241,33 @@ def encode(
   Raises:
     ValueError: the patches do not fit the grid or the model.
   """
+  return run(config, params, patches, grid, with_hidden=False)[0]
+
+
+def run(
+  config: VLMConfig,
+  params: dict,
+  patches: jax.Array,
+  grid: tuple[int, int],
+  *,
+  with_hidden: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Visual tokens, and what each block made of the patches.
+
+  Args:
+    config: as in `encode`.
+    params: as in `encode`.
+    patches: as in `encode`.
+    grid: as in `encode`.
+    with_hidden: also return every block's output.
+
+  Returns:
+    float[N, P, out_hidden_size], and float[L, N, 4P, D] in the order of the
+    patches, or None.
+
+  Raises:
+    ValueError: the patches do not fit the grid or the model.
+  """
   tower = config.vision
   cut = windows(grid, merge=tower.spatial_merge_size, units=tower.window_units)
   expected = (grid[0] * grid[1], tower.patch_dim)
@@ -268,9 +295,9 @@ def encode(
     x = VisionLayer(config).apply(
       {"params": layer_params}, x, cos, sin, is_full, cut
     )
-    return x, None
+    return x, x if with_hidden else None
 
-  x, _ = layers.scan_stack(
+  x, hidden = layers.scan_stack(
     body,
     x,
     (params["layers"], jnp.asarray(full)),
@@ -278,4 +305,6 @@ def encode(
     unroll=config.scan_unroll,
   )
   token = Merger(config).apply({"params": params["merger"]}, x)
-  return token[:, cut.inverse]
+  if with_hidden:
+    hidden = hidden[:, :, np.argsort(cut.order)]
+  return token[:, cut.inverse], hidden

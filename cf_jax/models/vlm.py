@@ -1,16 +1,21 @@
 """The seam: the whole model as pure functions of a dict of parameters.
 
 Everything above this file sees functions and pytrees. Nothing here is jitted;
-the call site does that, with `config` and `grid` static.
+the call site does that, with `config` and `grid` static. Only `forward`, the
+door for batches of a transformers processor, reads its numpy arguments on the
+host and jits the two pieces between.
 
 Axes: `B` videos, `G` completions per video, `N` slices, `P` visual tokens per
 slice, `S` prompt slots, `C` completion slots, `V` vocabulary, `D` model width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cf_jax.models import decoder, vision
+from cf_jax.models import decoder, layers, rope, vision
 from cf_jax.models.config import VLMConfig
 
 
@@ -157,6 +162,15 @@ def decode_step(
   )
 
 
+def unstack(params: dict) -> dict:
+  """The same parameters for `prefill` and `decode_step`, layers apart.
+
+  See `layers.unstack`; the decoder's part of `params` is used up.
+  """
+  apart = layers.unstack(params["decoder"]["layers"])
+  return params | {"decoder": params["decoder"] | {"layers": apart}}
+
+
 def packed(
   config: VLMConfig,
   params: dict,
@@ -257,3 +271,181 @@ def sequence_logits(
     with_cache=False,
   )
   return logits(config, params, hidden)
+
+
+_encode_jit = jax.jit(encode_vision, static_argnums=(0, 3))
+_sequence_logits_jit = jax.jit(sequence_logits, static_argnums=0)
+
+
+def forward(
+  config: VLMConfig,
+  params: dict,
+  input_ids: np.ndarray,
+  attention_mask: np.ndarray | None,
+  pixel_values: np.ndarray | None = None,
+  image_grid_thw: np.ndarray | None = None,
+  pixel_values_videos: np.ndarray | None = None,
+  video_grid_thw: np.ndarray | None = None,
+  second_per_grid_ts: Sequence[float] | None = None,
+) -> jax.Array:
+  """Logits of what a Qwen2.5-VL processor of transformers returns.
+
+  A door for comparisons and for people who come from transformers; the rest of
+  the project makes its prompts with `data.prompts`. All but `params` is read on
+  the host, so jit and grad can go through `params` alone. A new grid or shape
+  compiles anew.
+
+  Args:
+    config: the model.
+    params: the model's parameters.
+    input_ids: int[B, S].
+    attention_mask: [B, S], nonzero for real slots, padding on either side;
+      None: all are real.
+    pixel_values: float[sum of t * h * w over images, patch_dim].
+    image_grid_thw: int[images, 3]; grids of one batch may differ, and a row
+      may have several media.
+    pixel_values_videos: float[sum of t * h * w over videos, patch_dim].
+    video_grid_thw: int[videos, 3].
+    second_per_grid_ts: float[videos], see `rope.rope_index` for the rule.
+
+  Returns:
+    float32[B, S, V]; finite and without meaning in padded slots.
+
+  Raises:
+    ValueError: ids, grids and patches do not match each other or the model.
+  """
+  return _sequence_logits_jit(
+    config,
+    params,
+    **read_processor(
+      config,
+      params,
+      input_ids,
+      attention_mask,
+      pixel_values,
+      image_grid_thw,
+      pixel_values_videos,
+      video_grid_thw,
+      second_per_grid_ts,
+    ),
+  )
+
+
+def read_processor(
+  config: VLMConfig,
+  params: dict,
+  input_ids: np.ndarray,
+  attention_mask: np.ndarray | None,
+  pixel_values: np.ndarray | None = None,
+  image_grid_thw: np.ndarray | None = None,
+  pixel_values_videos: np.ndarray | None = None,
+  video_grid_thw: np.ndarray | None = None,
+  second_per_grid_ts: Sequence[float] | None = None,
+) -> dict[str, np.ndarray | jax.Array]:
+  """What a processor returns as the arguments of `sequence_logits`.
+
+  Media are found by their token ids, as transformers does: the ids of a
+  processor are trusted, and text of a user must not have become one of them.
+
+  Args:
+    config: as all others here, see `forward`.
+    params: of the tower that encodes the media.
+    input_ids: and all that follow, see `forward`.
+
+  Returns:
+    token int32[B, S], position int32[B, 3, S], mask bool[B, S], visual_index
+    int32[B, S], visual_tokens float[B, rows, D].
+
+  Raises:
+    ValueError: as `forward`.
+  """
+  position = rope.rope_index(
+    config,
+    input_ids,
+    attention_mask,
+    image_grid_thw,
+    video_grid_thw,
+    second_per_grid_ts,
+  )
+  input_ids = np.asarray(input_ids)
+  mask = np.ones(input_ids.shape, bool)
+  if attention_mask is not None:
+    mask = np.asarray(attention_mask) != 0
+  # Padded slots may hold anything; a row of NaN would reach the real ones.
+  token = np.where(mask, input_ids, 0).astype(np.int32)
+  if np.any((token < 0) | (token >= config.vocab_size)):
+    raise ValueError(
+      f"input_ids must lie in [0, {config.vocab_size}), got"
+      f" {int(token.min())} to {int(token.max())}; change the tokenizer or"
+      " config.model.vocab_size"
+    )
+  merge = config.vision.spatial_merge_size
+  patches, grids = [], []
+  for name, pixel_name, pixels, grid_thw in (
+    ("image", "pixel_values", pixel_values, image_grid_thw),
+    ("video", "pixel_values_videos", pixel_values_videos, video_grid_thw),
+  ):
+    checked = rope.grid_list(name, grid_thw, merge)
+    expected = (sum(t * h * w for t, h, w in checked), config.vision.patch_dim)
+    got = (0, expected[1]) if pixels is None else np.shape(pixels)
+    if got != expected:
+      raise ValueError(
+        f"{pixel_name} must be {expected}, a row for each of the t * h * w"
+        f" patches of {name}_grid_thw, got {got}"
+      )
+    grids += checked
+    if pixels is not None:
+      patches.append(np.asarray(pixels, np.float32))
+  if not grids:
+    return dict(
+      token=token,
+      position=position,
+      mask=mask,
+      visual_index=np.full(token.shape, -1, np.int32),
+      visual_tokens=jnp.zeros((len(token), 0, config.hidden_size)),
+    )
+  encoded = _encode_media(config, params, np.concatenate(patches), grids)
+
+  # Row of `encoded` of each slot: images in their order, then videos.
+  row = np.full(token.shape, -1)
+  num_tokens = 0
+  for token_id in (config.image_token_id, config.video_token_id):
+    if token_id is not None:
+      slots = mask & (token == token_id)
+      row[slots] = num_tokens + np.arange(np.sum(slots))
+      num_tokens += np.sum(slots)
+  count = np.sum(row >= 0, axis=1)
+  shown = np.zeros((len(row), count.max()), np.int32)
+  visual_index = np.full(token.shape, -1, np.int32)
+  for b, slots in enumerate(row >= 0):
+    shown[b, : count[b]] = row[b, slots]
+    visual_index[b, slots] = np.arange(count[b])
+  return dict(
+    token=token,
+    position=position,
+    mask=mask,
+    visual_index=visual_index,
+    visual_tokens=encoded[shown],
+  )
+
+
+def _encode_media(config, params, patches, grids):
+  """[all patches, patch_dim] of media -> float[all visual tokens, D].
+
+  Slices of equal height and width are encoded together.
+  """
+  area = config.vision.spatial_merge_size**2
+  slices = {}  # (height, width) -> first patch of every such slice
+  first = 0
+  for slice_count, height, width in grids:
+    for _ in range(slice_count):
+      slices.setdefault((height, width), []).append(first)
+      first += height * width
+  encoded, place = [], []
+  for grid, starts in slices.items():
+    size = grid[0] * grid[1]
+    index = np.array(starts)[:, None] + np.arange(size)
+    tokens = _encode_jit(config, params, patches[index], grid)
+    encoded.append(tokens.reshape(-1, tokens.shape[-1]))
+    place.append((index[:, ::area] // area).reshape(-1))
+  return jnp.concatenate(encoded)[np.argsort(np.concatenate(place))]
