@@ -206,7 +206,7 @@ def main():
     lines[f"cf_jax, {name} too"] = run_ours(short, params, batch, piece)
   for name, logits in lines.items():
     rms, largest, kl, score = measure(logits, exact, batch)
-    print(f"| {name} | {rms:.4f} | {largest:.3f} | {kl:.2g} | {score:.4f} |")
+    print(f"| {name} | {rms:.2g} | {largest:.2g} | {kl:.2g} | {score:.2g} |")
 
 
 if __name__ == "__main__":

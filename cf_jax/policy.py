@@ -12,7 +12,7 @@ vision tower never crosses a temporal slice and every keyframe is its own slice.
 import jax
 import jax.numpy as jnp
 
-from cf_jax import grpo
+from cf_jax import grpo, vocabulary
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.types import Rollout, View
@@ -90,8 +90,18 @@ def completion_logprobs(
     rollout.token,
     rollout.mask,
   )
-  logits = vlm.logits(config, params, hidden)
-  logprob, entropy = grpo.token_logprobs(logits, rollout.token, banned)
+  with jax.named_scope("vocabulary"):
+    if 0 < config.vocab_chunk < config.vocab_size:
+      logprob, entropy = vocabulary.token_logprobs(
+        hidden,
+        vlm.head(config, params),
+        rollout.token,
+        banned,
+        chunk=config.vocab_chunk,
+      )
+    else:
+      logits = vlm.logits(config, params, hidden)
+      logprob, entropy = grpo.token_logprobs(logits, rollout.token, banned)
   zero = jnp.zeros_like(logprob)
   return (
     jnp.where(rollout.mask, logprob, zero),

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "cf_jax"
 
 FLOORS = (
   ("types", "masked"),
-  ("tad", "selectors", "rewards", "grpo", "data.", "evals."),
+  ("tad", "selectors", "rewards", "grpo", "vocabulary", "data.", "evals."),
   ("models.", "runtime.sharding"),  # parameters and where they lie
   ("policy", "sampling", "views", "runtime.", "report"),
   ("programs.",),
@@ -50,7 +50,15 @@ ORDER = {
     "pipeline",
   ),
 }
-MATH = ("tad", "selectors", "rewards", "grpo", "types", "masked")
+MATH = (
+  "tad",
+  "selectors",
+  "rewards",
+  "grpo",
+  "vocabulary",
+  "types",
+  "masked",
+)
 MATH_IMPORTS = {
   "jax",
   "chex",
@@ -160,7 +168,7 @@ def test_host_code_makes_no_jax_arrays(name):
 def test_math_needs_jax_only(name):
   used = {module.split(".")[0] for module, _ in imports(MODULES[name])}
   assert used <= MATH_IMPORTS
-  assert own_imports(MODULES[name]) <= {"types", "masked", "tad"}
+  assert own_imports(MODULES[name]) <= {"types", "masked", "tad", "grpo"}
 
 
 def test_linen_is_used_in_models_only():

@@ -68,6 +68,26 @@ ADDED_TOKENS = (
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 
+# A model config's field -> the added token whose id it is.
+ID_FIELDS = {
+  "bos_token_id": PAD,
+  "eos_token_id": EOS,
+  "pad_token_id": PAD,
+  "image_token_id": "<|image_pad|>",
+  "video_token_id": "<|video_pad|>",
+  "vision_start_token_id": "<|vision_start|>",
+  "vision_end_token_id": "<|vision_end|>",
+  "vision_token_id": "<|vision_pad|>",
+}
+# Those that prompts spell: a model and its tokenizer must agree on them. The
+# others are generation's choice.
+SPELLED_FIELDS = (
+  "image_token_id",
+  "video_token_id",
+  "vision_start_token_id",
+  "vision_end_token_id",
+)
+
 QUESTION_TEMPLATE = "{question}{options}\nThink, then answer."
 TIME_FORMAT = "{:.1f}s"
 
@@ -102,6 +122,7 @@ class Tokenizer:
     folder: where its files lie.
     vocab_size: ids in use, added tokens included.
     special: name -> id of the added tokens.
+    config_ids: the same by the names of a model config's fields.
     eos_id: ends a completion.
     pad_id: fills padded slots.
     banned_ids: ids that a policy never samples: every added token but the end.
@@ -127,6 +148,9 @@ class Tokenizer:
     )
     self.vocab_size = 1 + max(self._full.get_vocab(True).values())
     self.folder = folder
+    self.config_ids = {
+      field: self.special[name] for field, name in ID_FIELDS.items()
+    }
     self.eos_id = self.special[EOS]
     self.pad_id = self.special[PAD]
     self.banned_ids = tuple(sorted(set(self.special.values()) - {self.eos_id}))

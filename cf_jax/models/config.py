@@ -143,6 +143,9 @@ class VLMConfig:
       matmuls; "full", everything but the input of each layer.
     scan_unroll: layers per iteration of the loop over layers.
     attention: kernel behind `layers.attend`.
+    vocab_chunk: words that log-probabilities of completions look at together:
+      a larger vocabulary is worked through in chunks, forward and backward, so
+      that no array of tokens x vocabulary is held. 0: always all at once.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -172,6 +175,7 @@ class VLMConfig:
   remat: Literal["none", "dots", "full"] = "none"
   scan_unroll: int = 1
   attention: Literal["xla"] = "xla"
+  vocab_chunk: int = 16_384
 
   def __post_init__(self):
     object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
@@ -204,6 +208,11 @@ class VLMConfig:
       self.scan_unroll > 0,
       f"scan_unroll must be positive, got {self.scan_unroll}; change"
       " config.model.scan_unroll",
+    )
+    _require(
+      self.vocab_chunk >= 0,
+      f"vocab_chunk must not be negative, got {self.vocab_chunk}; change"
+      " config.model.vocab_chunk",
     )
     for name, allowed in (
       ("attention", ATTENTION),

@@ -329,16 +329,21 @@ def decode(
   return hidden, {name: tuple(rows) for name, rows in updated.items()}
 
 
+def head(config: VLMConfig, params: dict) -> jax.Array:
+  """The output table, float[V, D] as it is stored."""
+  name = "embed" if config.tie_word_embeddings else "head"
+  return params[name]["embedding"]
+
+
 def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Scores of the next token, float[..., D] -> float32[..., V].
 
   float32 because differences of log-probabilities of rare tokens are what the
   policy gradient is made of.
   """
-  table = params["embed" if config.tie_word_embeddings else "head"]
   return jnp.einsum(
     "...D,VD->...V",
     hidden.astype(config.dtype),
-    table["embedding"].astype(config.dtype),
+    head(config, params).astype(config.dtype),
     preferred_element_type=jnp.float32,
   )

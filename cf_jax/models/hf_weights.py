@@ -78,23 +78,6 @@ _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_BYTES = 16 * 2**20
 _LOG_EVERY_S = 10.0
 
-# VLMConfig's field -> the added token whose id it is.
-_TOKEN_OF = {
-  "eos_token_id": prompts.EOS,
-  "pad_token_id": prompts.PAD,
-  "image_token_id": "<|image_pad|>",
-  "video_token_id": "<|video_pad|>",
-  "vision_start_token_id": "<|vision_start|>",
-  "vision_end_token_id": "<|vision_end|>",
-  "vision_token_id": "<|vision_pad|>",
-}
-# Ids that a prompt spells; the others are generation's choice.
-_SPELLED = (
-  "image_token_id",
-  "video_token_id",
-  "vision_start_token_id",
-  "vision_end_token_id",
-)
 # Copied as they are from the tokenizer's folder, where it has them.
 _TOKENIZER_FILES = (
   "tokenizer.json",
@@ -106,6 +89,7 @@ _TOKENIZER_FILES = (
 )
 # The published preprocessor_config.json.
 _PREPROCESSOR = {
+  "image_processor_type": "Qwen2VLImageProcessor",
   "image_mean": list(patches.MEAN),
   "image_std": list(patches.STD),
   "min_pixels": 4 * 28 * 28,
@@ -914,7 +898,7 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
   if folder is not None:
     folder = pathlib.Path(folder)
     opened = prompts.load_tokenizer(folder)
-    config = _with_ids(config, opened, folder)
+    config = _with_ids(config, opened)
     for name in _TOKENIZER_FILES:
       if (folder / name).is_file():
         texts[name] = (folder / name).read_bytes()
@@ -937,10 +921,7 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
     "temporal_patch_size": config.vision.temporal_patch_size,
     "merge_size": config.vision.spatial_merge_size,
   }
-  image = found.get(
-    "preprocessor_config.json",
-    {"image_processor_type": "Qwen2VLImageProcessor", **_PREPROCESSOR},
-  )
+  image = found.get("preprocessor_config.json", _PREPROCESSOR)
   # transformers falls back to the image's settings where there are none.
   video = found.get("video_preprocessor_config.json", image)
   processor = {"processor_class": "Qwen2_5_VLProcessor"}
@@ -949,7 +930,13 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
     "generation_config.json": _json(
       found.get("generation_config.json", generation)
     ),
-    "preprocessor_config.json": _json(image | cut | processor),
+    # The published name; 5.2 does not know the class that some copies name.
+    "preprocessor_config.json": _json(
+      image
+      | cut
+      | processor
+      | {"image_processor_type": _PREPROCESSOR["image_processor_type"]}
+    ),
     "video_preprocessor_config.json": _json(
       video
       | cut
@@ -959,26 +946,30 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
   }
 
 
-def _with_ids(config, tokenizer, folder):
+def _with_ids(config, tokenizer):
   """The config with the tokenizer's ids where it has none."""
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f"{folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
-      " embeddings; give the tokenizer that the model was trained with"
-    )
-  ids = {name: tokenizer.special[token] for name, token in _TOKEN_OF.items()}
-  for name, token_id in ids.items():
-    own = getattr(config, name)
-    if own is not None and own != token_id and name in _SPELLED:
+  missing = {
+    field: token_id
+    for field, token_id in tokenizer.config_ids.items()
+    if getattr(config, field) is None
+  }
+  config = dataclasses.replace(config, **missing)
+  check_tokenizer(config, tokenizer)
+  return config
+
+
+def check_tokenizer(config: VLMConfig, tokenizer: prompts.Tokenizer) -> None:
+  """Raises a ValueError where a model and a tokenizer are not made for another.
+
+  They must agree on the ids that prompts spell, and every id needs an
+  embedding.
+  """
+  for field in prompts.SPELLED_FIELDS:
+    own, other = getattr(config, field), tokenizer.config_ids[field]
+    if own != other:
       raise ValueError(
-        f"{name} is {own} in the config, {token_id} ({_TOKEN_OF[name]}) in"
-        f" {folder}; give the tokenizer that the model was trained with"
+        f"{field} is {own} in the model's config, {other}"
+        f" ({prompts.ID_FIELDS[field]}) in {tokenizer.folder}; give the"
+        " tokenizer that the model was trained with (config.tokenizer)"
       )
-  return dataclasses.replace(
-    config,
-    **{
-      name: token_id
-      for name, token_id in ids.items()
-      if getattr(config, name) is None
-    },
-  )
+  tokenizer.banned_mask(config.vocab_size)  # raises on too small a table

@@ -124,8 +124,8 @@ def rope_index(
     height = p + row,  width = p + column,
 
   and the slices of an image all have time p. The product is float32, as it was
-  in training: at 2 steps a second, slice 45 of 0.7 s each has 63, and in float64
-  it would be just below.
+  in training: at 2 steps a second, slice 45 of 0.7 s each has 63, where float64
+  would stay just below.
 
   Equal to `get_rope_index` of transformers 4.49 to 4.51, whose rule is that of
   Qwen's own fine-tuning code. From 4.52 on, 5.2.0 included, transformers cuts

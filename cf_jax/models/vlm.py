@@ -233,6 +233,15 @@ def _repeat_slot(hidden, slot, group):
   return jnp.repeat(chosen[:, None], group, axis=1)
 
 
+def head(config: VLMConfig, params: dict) -> jax.Array:
+  """The table behind `logits`, float[V, D] in the dtype it is stored in.
+
+  For those who look at the vocabulary in chunks; a whole cast copy of it would
+  be what they avoid.
+  """
+  return decoder.head(config, params["decoder"])
+
+
 def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Scores of the next token, float[..., D] -> float32[..., V]."""
   return decoder.logits(config, params["decoder"], hidden)

@@ -8,31 +8,20 @@ import jax
 import ml_collections
 from absl import logging
 
-from cf_jax.data import prompts
+from cf_jax.data import patches, prompts, vision_input
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, lora, vlm
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
 
 STAGES = ("sft", "rl")
 # Fields of `config.model` that say how to run a model, not what it is.
-RUN_FIELDS = ("dtype", "param_dtype", "remat", "scan_unroll", "attention")
-# VLMConfig's field -> the added token whose id it is.
-TOKEN_FIELDS = {
-  "bos_token_id": prompts.PAD,
-  "eos_token_id": prompts.EOS,
-  "pad_token_id": prompts.PAD,
-  "image_token_id": "<|image_pad|>",
-  "video_token_id": "<|video_pad|>",
-  "vision_start_token_id": "<|vision_start|>",
-  "vision_end_token_id": "<|vision_end|>",
-  "vision_token_id": "<|vision_pad|>",
-}
-# Ids that prompts spell: a model and a tokenizer must agree on them.
-_SPELLED = (
-  "image_token_id",
-  "video_token_id",
-  "vision_start_token_id",
-  "vision_end_token_id",
+RUN_FIELDS = (
+  "dtype",
+  "param_dtype",
+  "remat",
+  "scan_unroll",
+  "attention",
+  "vocab_chunk",
 )
 
 
@@ -84,10 +73,9 @@ def make_model(
   """
   fields = {**config.model}
   if not config.init_from:
-    ids = {
-      field: tokenizer.special[name] for field, name in TOKEN_FIELDS.items()
-    }
-    return model_config.make(vocab_size=tokenizer.vocab_size, **ids, **fields)
+    return model_config.make(
+      **{"vocab_size": tokenizer.vocab_size, **tokenizer.config_ids, **fields}
+    )
   size = fields.pop("size")
   extra = sorted(set(fields) - set(RUN_FIELDS))
   if size or extra:
@@ -97,24 +85,42 @@ def make_model(
       f" ({config.init_from}) says what the model is; leave only"
       f" {', '.join(RUN_FIELDS)} and set config.model.size=''"
     )
-  model = hf_weights.read_config(config.init_from)
-  check_tokenizer(model, tokenizer)
+  model = open_directory(config.init_from, tokenizer)
   return dataclasses.replace(model, **fields)
 
 
-def check_tokenizer(
-  model: model_config.VLMConfig, tokenizer: prompts.Tokenizer
-) -> None:
-  """Raises a ValueError where a model and a tokenizer disagree on an id."""
-  for field in _SPELLED:
-    wanted, got = getattr(model, field), tokenizer.special[TOKEN_FIELDS[field]]
-    if wanted != got:
+def open_directory(
+  folder: str | pathlib.Path, tokenizer: prompts.Tokenizer
+) -> model_config.VLMConfig:
+  """The model of a Qwen2.5-VL directory that fits what is around it here.
+
+  Raises:
+    ValueError: the tokenizer is another model's, or pictures are prepared in a
+      way that is not ours.
+  """
+  folder = pathlib.Path(folder)
+  model = hf_weights.read_config(folder)
+  hf_weights.check_tokenizer(model, tokenizer)
+  if any(folder.glob("*processor_config.json")):
+    found = vision_input.read_preprocessor(folder, "image")
+    ours = found._replace(
+      patch=model.vision.patch_size,
+      merge=model.vision.spatial_merge_size,
+      temporal=model.vision.temporal_patch_size,
+      mean=patches.MEAN,
+      std=patches.STD,
+    )
+    differ = [
+      f"{name} {theirs}, expected {expected}"
+      for name, theirs, expected in zip(found._fields, found, ours, strict=True)
+      if theirs != expected
+    ]
+    if differ:
       raise ValueError(
-        f"the model's {field} is {wanted}, the tokenizer's"
-        f" {TOKEN_FIELDS[field]} has id {got}: they do not belong together;"
-        " change config.tokenizer"
+        f"{folder}: its preprocessor has {'; '.join(differ)}; no other is"
+        " supported"
       )
-  tokenizer.banned_mask(model.vocab_size)  # raises on too small a table
+  return model
 
 
 def abstract_params(
@@ -248,9 +254,7 @@ def describe(
       " config.checkpoint"
     )
   tokenizer = prompts.load_tokenizer(folder)
-  model = hf_weights.read_config(folder)
-  check_tokenizer(model, tokenizer)
-  return model, tokenizer
+  return open_directory(folder, tokenizer), tokenizer
 
 
 def _load_run(

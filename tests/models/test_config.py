@@ -75,6 +75,7 @@ def test_lists_become_tuples():
     (dict(remat="all"), "remat"),
     (dict(dtype="int8"), "dtype"),
     (dict(scan_unroll=0), "scan_unroll"),
+    (dict(vocab_chunk=-1), "vocab_chunk"),
     (dict(size="8b"), "size"),
     (dict(vision=dict(window_size=27)), "window_size"),
     (

@@ -60,9 +60,12 @@ def import_reference():
 def _stored(name):
   with np.load(GOLDENS / f"{name}.npz") as arrays:
     raw = dict(arrays)
+  wide = {np.dtype(np.int16): np.int64, np.dtype(np.float16): np.float32}
   for key, value in raw.items():
     if "pixel_values" in key:
       raw[key] = value * np.float32(specs.PIXEL_UNIT)
+    elif value.dtype in wide:
+      raw[key] = value.astype(wide[value.dtype])
   return raw
 
 
@@ -85,23 +88,25 @@ def load_checkpoint(
     return hf_weights.load_hf(path, dtype="float32")
 
 
+def part(raw: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+  """The arrays under a prefix, without it."""
+  return {
+    key.removeprefix(prefix): value
+    for key, value in raw.items()
+    if key.startswith(prefix)
+  }
+
+
 @functools.cache
 def load_case(name: str, source: str) -> Case:
   """A case of `specs.SPECS`, "stored" or "live"."""
   raw = (_stored if source == "stored" else _live)(name)
   spec = str(raw["config"])
 
-  def part(prefix, dtype=None):
-    return {
-      key.removeprefix(prefix): np.asarray(value, dtype)
-      for key, value in raw.items()
-      if key.startswith(prefix)
-    }
-
-  config, params = load_checkpoint(spec, part("weight/", np.float32))
+  config, params = load_checkpoint(spec, part(raw, "weight/"))
   # A gradient has its parameter's name and shape: the same door reads it.
-  _, gradient = load_checkpoint(spec, part("gradient/", np.float32))
-  return Case(config, params, part("batch/"), raw, gradient)
+  _, gradient = load_checkpoint(spec, part(raw, "gradient/"))
+  return Case(config, params, part(raw, "batch/"), raw, gradient)
 
 
 @pytest.fixture(scope="module", params=["stored", "live"])

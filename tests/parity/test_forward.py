@@ -72,11 +72,7 @@ def test_fractions_of_a_second_live():
   batch = case.batch | {"second_per_grid_ts": np.array([2.5, 0.5], np.float32)}
   named = {k: v for k, v in batch.items() if "pixel" not in k}
   position = np.moveaxis(rope.rope_index(case.config, **named), 1, 0)
-  weights = {
-    key.removeprefix("weight/"): value.astype(np.float32)
-    for key, value in case.expected.items()
-    if key.startswith("weight/")
-  }
+  weights = conftest.part(case.expected, "weight/")
   model = reference.load(specs.SPECS["tied"], weights, "float32")
   cut, exact = (
     reference.run(model, inputs)

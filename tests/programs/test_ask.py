@@ -41,10 +41,6 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-  ids = {
-    field: tokenizer.special[name]
-    for field, name in policies.TOKEN_FIELDS.items()
-  }
   return model_config.make(
     size="tiny",
     vocab_size=tokenizer.vocab_size + 3,  # rows that no id uses
@@ -62,7 +58,7 @@ def model(tokenizer):
       out_hidden_size=32,
       fullatt_block_indexes=(0,),
     ),
-    **ids,
+    **tokenizer.config_ids,
   )
 
 

@@ -38,13 +38,14 @@ TINY = dict(
 
 def _model(**changes):
   tokenizer = prompts.load_tokenizer("tiny")
-  ids = {
-    field: tokenizer.special[name]
-    for field, name in policies.TOKEN_FIELDS.items()
-  }
   return model_config.make(
     size="tiny",
-    **(dict(vocab_size=tokenizer.vocab_size) | ids | TINY | changes),
+    **(
+      dict(vocab_size=tokenizer.vocab_size)
+      | tokenizer.config_ids
+      | TINY
+      | changes
+    ),
   )
 
 
@@ -224,9 +225,19 @@ def test_a_shape_said_twice(base, cache_dir, changes, said):
 def test_a_tokenizer_of_another_model(base, cache_dir):
   config = _config(base, cache_dir)
   tokenizer = prompts.load_tokenizer(base)
-  tokenizer.special = tokenizer.special | {"<|image_pad|>": 7}
-  with pytest.raises(ValueError, match="image_token_id is .* has id 7"):
+  tokenizer.config_ids = tokenizer.config_ids | {"image_token_id": 7}
+  with pytest.raises(ValueError, match=r"image_token_id is \d+ in .*, 7 \("):
     policies.make_model(config, tokenizer)
+
+
+def test_another_preprocessor(base, tmp_path):
+  """Pictures prepared in another way would be silently wrong."""
+  shutil.copytree(base, tmp_path / "hf")
+  path = tmp_path / "hf" / "preprocessor_config.json"
+  spec = json.loads(path.read_text())
+  path.write_text(json.dumps(spec | {"image_mean": [0.5, 0.5, 0.5]}))
+  with pytest.raises(ValueError, match=r"preprocessor has mean \(0.5, 0.5, 0"):
+    policies.describe(str(tmp_path / "hf"))
 
 
 def test_no_tokenizer_at_all(cache_dir):
