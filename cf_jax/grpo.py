@@ -277,6 +277,7 @@ def policy_loss(
   max_log_ratio: float = 10.0,
   weight: jax.Array | None = None,
   total: jax.Array | None = None,
+  num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped policy loss plus KL to the reference.
 
@@ -309,10 +310,12 @@ def policy_loss(
       (`truncated_importance`); None means 1.
     total: float32[] `denominator` of the GLOBAL batch where this is a shard or
       micro-batch; None takes it from this call.
+    num_tokens: the same for the metrics that are means over tokens.
 
   Returns:
     float32[] and metrics: policy_loss, kl, clip_fraction, ratio_mean,
-    ratio_max, log_ratio_abs (all as float32[]).
+    ratio_max, log_ratio_abs (all as float32[]). With `total` and `num_tokens`
+    all but ratio_max add up over the parts of a batch.
 
   Raises:
     ValueError: an unknown ratio, aggregate or kl_kind.
@@ -351,6 +354,9 @@ def policy_loss(
   if total is None:
     total = denominator(mask, aggregate=aggregate)
 
+  def mean(value):
+    return masked.masked_mean(value, mask, total=num_tokens)
+
   def reduce(value):
     if aggregate == "sequence_mean":
       summed = jnp.sum(masked.masked_mean(value, mask, axis=-1))
@@ -364,10 +370,10 @@ def policy_loss(
   metrics = {
     "policy_loss": loss,
     "kl": divergence,
-    "clip_fraction": masked.masked_mean(cut & (advantage != 0), mask),
-    "ratio_mean": masked.masked_mean(rho, mask),
+    "clip_fraction": mean(cut & (advantage != 0)),
+    "ratio_mean": mean(rho),
     "ratio_max": jnp.max(jnp.where(mask, rho, 0)),
-    "log_ratio_abs": masked.masked_mean(jnp.abs(log_ratio), mask),
+    "log_ratio_abs": mean(jnp.abs(log_ratio)),
   }
   return loss + kl_weight * divergence, jax.lax.stop_gradient(metrics)
 

@@ -22,12 +22,24 @@ def masked_sum(
 
 
 def masked_mean(
-  value: jax.Array, mask: jax.Array, axis: Axis = None
+  value: jax.Array,
+  mask: jax.Array,
+  axis: Axis = None,
+  *,
+  total: jax.Array | None = None,
 ) -> jax.Array:
-  """Mean of the real entries: `sum / max(count, 1)`."""
-  mask = jnp.broadcast_to(mask, value.shape)
-  count = jnp.maximum(jnp.sum(mask, axis=axis), 1)
-  return masked_sum(value, mask, axis) / count
+  """Mean of the real entries: `sum / max(count, 1)`.
+
+  Args:
+    value: what is averaged.
+    mask: bool, broadcasts against `value`.
+    axis: reduced axes; None reduces all.
+    total: count of the real entries of the whole array where this is a part of
+      it: the parts' results then add up to the mean of the whole.
+  """
+  if total is None:
+    total = jnp.sum(jnp.broadcast_to(mask, value.shape), axis=axis)
+  return masked_sum(value, mask, axis) / jnp.maximum(total, 1)
 
 
 def masked_std(

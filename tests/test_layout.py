@@ -1,7 +1,7 @@
 """The floors of the code, and what must not be in it.
 
   programs -> runtime, views, policy, sampling, report -> models
-    -> tad, rewards, grpo | data, evals -> types, masked
+    -> tad, rewards, grpo, vocabulary | data, evals -> types, masked
 
 A module imports only from floors below its own; inside a floor there are no
 circles, and in `models` and `data` the order below holds.

@@ -3,6 +3,7 @@
 Axes as in `cf_jax.policy`.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -144,6 +145,44 @@ def test_a_group_is_its_completions_one_by_one(
     np.testing.assert_allclose(found[1][:, 0], entropy[:, g], atol=1e-5)
   assert np.all(np.asarray(together) <= 0)
   assert np.all(np.asarray(entropy) < np.log(40))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [10, 16, 39])  # of 40 words
+def test_a_vocabulary_in_chunks_gives_the_same(scene, rollout, tied, chunk):
+  params = scene.params
+  if not tied:
+    head = {"embedding": 2 * params["decoder"]["embed"]["embedding"]}
+    params = params | {"decoder": params["decoder"] | {"head": head}}
+
+  def value_and_grad(chunk):
+    config = dataclasses.replace(
+      scene.config, vocab_chunk=chunk, tie_word_embeddings=tied
+    )
+
+    def loss(params):
+      encoded = policy.encode_frames(
+        config, params, scene.pixel, grid=scene.grid
+      )
+      logprob, entropy = policy.completion_logprobs(
+        config, params, scene.view, encoded, rollout, scene.banned
+      )
+      mean = masked.masked_mean(logprob + 0.3 * entropy, rollout.mask)
+      return mean, (logprob, entropy)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  (_, wanted), wanted_grad = value_and_grad(0)
+  (_, found), grad = value_and_grad(chunk)
+  for left, right in zip(found, wanted):
+    np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-6)
+  for (path, left), right in zip(
+    jax.tree_util.tree_leaves_with_path(grad), jax.tree.leaves(wanted_grad)
+  ):
+    scale = max(float(jnp.max(jnp.abs(right))), 1e-3)
+    np.testing.assert_allclose(
+      left, right, atol=1e-5 * scale, err_msg=str(path)
+    )
 
 
 def test_gradient_is_finite_and_reaches_every_parameter(scene, rollout):
