@@ -131,14 +131,12 @@ def _forward(num, hidden, table, token, banned):
 
   def body(carry, index):
     top, total, moment, chosen = carry
-    _, logits, _, left_out, hit = _chunk(
-      num, index, hidden, table, token, banned
-    )
+    _, logits, _, _, hit = _chunk(num, index, hidden, table, token, banned)
     new = jnp.maximum(top, jnp.max(logits, axis=-1))
     shift = top - new
     shrink = jnp.exp(shift)
     diff = logits - new[:, None]
-    weight = jnp.where(left_out, 0, jnp.exp(diff))
+    weight = jnp.exp(diff)
     moment = shrink * (moment + shift * total) + jnp.sum(weight * diff, axis=-1)
     total = shrink * total + jnp.sum(weight, axis=-1)
     chosen = chosen + jnp.sum(jnp.where(hit, logits, 0), axis=-1)
@@ -173,10 +171,10 @@ def _backward(num, saved, grad):
     )
     logprob = logits - norm[:, None]
     prob = jnp.exp(logprob)
-    grad_logits = grad_logprob[:, None] * (hit - prob) - grad_entropy[
-      :, None
-    ] * prob * (logprob + entropy[:, None])
-    grad_logits = jnp.where(left_out, 0, grad_logits).astype(hidden.dtype)
+    by_logprob = grad_logprob[:, None] * (hit - prob)
+    by_entropy = grad_entropy[:, None] * prob * (logprob + entropy[:, None])
+    grad_logits = jnp.where(left_out, 0, by_logprob - by_entropy)
+    grad_logits = grad_logits.astype(hidden.dtype)
     grad_hidden = grad_hidden + jnp.einsum(
       "NW,WD->ND", grad_logits, rows, preferred_element_type=jnp.float32
     )

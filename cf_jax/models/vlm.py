@@ -171,6 +171,17 @@ def unstack(params: dict) -> dict:
   return params | {"decoder": params["decoder"] | {"layers": apart}}
 
 
+def unstacked(params: dict) -> dict:
+  """A copy of the decoder for `decode_step`, layers apart; to be jitted.
+
+  Where memory is short and the stack is not needed again, see `unstack`.
+  """
+  ours = params["decoder"]
+  count = len(jax.tree.leaves(ours["layers"])[0])
+  apart = [layers.take_layer(ours["layers"], i) for i in range(count)]
+  return {"decoder": ours | {"layers": apart}}
+
+
 def packed(
   config: VLMConfig,
   params: dict,
