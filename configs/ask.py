@@ -9,6 +9,7 @@ standard error and, with a picture of the keyframes, into --workdir (runs/ask).
 
 A setting that is None is that of the run's own training where DIR is a run, so
 that its policy is asked in the form it has learned; else what the comment says.
+How frames are scanned and chosen is said here, for runs too.
 """
 
 import ml_collections
@@ -33,6 +34,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # -- what is asked (all three must be given)
   config.checkpoint = ""  # a Qwen2.5-VL directory, or a run's workdir
+  # Where the directory that a run started from lies now; "" is where it lay.
+  config.init_from = ""
   config.video = ""  # a file
   config.question = ""
   config.options = ()  # choices without letters, ('red', 'blue')

@@ -18,6 +18,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.name = "export"
   # A run's workdir (its last checkpoint), or a Qwen2.5-VL directory.
   config.checkpoint = ""
+  # Where the directory that a run started from lies now; "" is where it lay.
+  config.init_from = ""
   config.dtype = ""  # "float32" or "bfloat16"; "" keeps the checkpoint's
   config.max_shard_gb = 5.0  # largest safetensors file, 1e9 bytes
 

@@ -40,7 +40,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from cf_jax.data import patches, prompts
+from cf_jax.data import patches, prompts, vision_input
 from cf_jax.models import hf_config, vlm
 from cf_jax.models.config import DTYPES, VLMConfig
 from cf_jax.runtime import sharding
@@ -519,6 +519,7 @@ def _target_dtypes(tensors, pieces, dtype):
       raise ValueError(
         f"{tensor.file}: {tensor.raw} is {kept}, parameters are one of"
         f" {DTYPES}; load with dtype='float32' or dtype='bfloat16'"
+        " (config.dtype, or config.model.param_dtype for training)"
       )
     for piece in pieces.get(name, ()):
       found[piece.row.path].setdefault(dtype or kept, tensor.raw)
@@ -528,7 +529,8 @@ def _target_dtypes(tensors, pieces, dtype):
       raise ValueError(
         f"the layers of {path} have several dtypes: "
         + ", ".join(f"{raw} is {kept}" for kept, raw in by_dtype.items())
-        + "; load with dtype='float32' or dtype='bfloat16'"
+        + "; load with dtype='float32' or dtype='bfloat16' (config.dtype, or"
+        " config.model.param_dtype for training)"
       )
   return {path: next(iter(by_dtype)) for path, by_dtype in found.items()}
 
@@ -678,7 +680,7 @@ class _Clock:
     self._said = now
     rate = self._done / (now - self._start)
     logging.info(
-      "%s %.1f of %.1f GB, %.2f GB/s, %.0f s left",
+      "%s %.3g of %.3g GB, %.2f GB/s, %.0f s left",
       self._verb,
       self._done / 1e9,
       self._total / 1e9,
@@ -696,6 +698,7 @@ def save_hf(
   params: dict,
   *,
   tokenizer: str | pathlib.Path | None = None,
+  settings: str | pathlib.Path | None = None,
   max_shard_bytes: int = 5 * 10**9,
   dtype: str | None = None,
 ) -> None:
@@ -711,8 +714,10 @@ def save_hf(
     directory: must not exist, or be empty.
     config: the model; ids that it leaves out are the tokenizer's.
     params: as `vlm.init` lays them out, without adapters.
-    tokenizer: folder of a tokenizer, whose files, chat template, generation
-      and preprocessor settings are copied; None writes the model alone.
+    tokenizer: folder of a tokenizer, whose files and chat template are copied;
+      None writes the model alone.
+    settings: folder whose generation and preprocessor settings are copied,
+      where it has them; None: `tokenizer`.
     max_shard_bytes: a file's tensors may be this large together.
     dtype: "float32" or "bfloat16"; None keeps each parameter's own.
 
@@ -736,7 +741,9 @@ def save_hf(
   held = collections.Counter()
   for path, leaf in flat.items():
     held[target[path].name] += leaf.size
-  texts = _texts(config, held.most_common(1)[0][0], tokenizer)
+  texts = _texts(
+    config, held.most_common(1)[0][0], tokenizer, settings or tokenizer
+  )
   if len(shards) > 1:
     texts[INDEX] = _json(
       {
@@ -752,6 +759,8 @@ def save_hf(
       name: _tensor(flat, pieces[name], shapes[name], target) for name in names
     }
 
+  needed = sum(sizes.values()) + sum(len(text) for text in texts.values())
+  check_target(directory, needed)
   clock = _Clock("wrote", sum(sizes.values()))
   if jax.process_index() == 0:
     _write(directory, shards, sizes, texts, tensors, clock)
@@ -838,20 +847,44 @@ def _by_number(name):
   ]
 
 
+def check_target(directory: str | pathlib.Path, needed: int = 0) -> None:
+  """Can the first process write so much there? All processes learn it.
+
+  Args:
+    directory: as in `save_hf`.
+    needed: bytes.
+
+  Raises:
+    ValueError: it is not empty, or the disk is too full.
+  """
+  directory = pathlib.Path(directory)
+  problem = ""
+  if jax.process_index() == 0:
+    if directory.exists() and (
+      not directory.is_dir() or any(directory.iterdir())
+    ):
+      problem = (
+        f"{str(directory)!r} exists and is not empty; name a new directory"
+        " (--workdir) or remove it"
+      )
+    else:
+      directory.parent.mkdir(parents=True, exist_ok=True)
+      free = shutil.disk_usage(directory.parent).free
+      if needed > free:
+        problem = _no_space(directory, needed, free)
+  if jax.process_count() > 1:  # else the others would wait for it for ever
+    failed = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
+    if failed and not problem:
+      problem = (
+        f"the first process cannot write {str(directory)!r}; see its log"
+      )
+  if problem:
+    raise ValueError(problem)
+
+
 def _write(directory, shards, sizes, texts, tensors, clock):
   """Writes beside the directory, then renames."""
-  if directory.exists() and (
-    not directory.is_dir() or any(directory.iterdir())
-  ):
-    raise ValueError(
-      f"{str(directory)!r} exists and is not empty; name a new directory or"
-      " remove it"
-    )
-  directory.parent.mkdir(parents=True, exist_ok=True)
   needed = sum(sizes.values()) + sum(len(text) for text in texts.values())
-  free = shutil.disk_usage(directory.parent).free
-  if needed > free:
-    raise ValueError(_no_space(directory, needed, free))
   partial = directory.with_name(directory.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
@@ -891,10 +924,9 @@ def _json(value: Any) -> bytes:
   )
 
 
-def _texts(config, dtype, folder) -> dict[str, bytes]:
+def _texts(config, dtype, folder, settings) -> dict[str, bytes]:
   """File name -> content of everything but the weights."""
   texts = {}
-  found = {}
   if folder is not None:
     folder = pathlib.Path(folder)
     opened = prompts.load_tokenizer(folder)
@@ -905,13 +937,15 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
     # Old and new places: before 4.50 only the first was read.
     texts["chat_template.json"] = _json({"chat_template": opened.chat_template})
     texts["chat_template.jinja"] = opened.chat_template.encode("utf-8")
-    for name in (
-      "generation_config.json",
-      "preprocessor_config.json",
-      "video_preprocessor_config.json",
-    ):
-      if (folder / name).is_file():
-        found[name] = json.loads((folder / name).read_text("utf-8"))
+  found = {}
+  if settings is not None:
+    for media in ("image", "video"):
+      there = vision_input.find_preprocessor(settings, media)
+      if there is not None:
+        _, found[media] = there
+    generated = pathlib.Path(settings) / "generation_config.json"
+    if generated.is_file():
+      found["generation"] = json.loads(generated.read_text("utf-8"))
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
   generation = {
     key: getattr(config, key) for key in ids if getattr(config, key) is not None
@@ -921,15 +955,13 @@ def _texts(config, dtype, folder) -> dict[str, bytes]:
     "temporal_patch_size": config.vision.temporal_patch_size,
     "merge_size": config.vision.spatial_merge_size,
   }
-  image = found.get("preprocessor_config.json", _PREPROCESSOR)
+  image = found.get("image", _PREPROCESSOR)
   # transformers falls back to the image's settings where there are none.
-  video = found.get("video_preprocessor_config.json", image)
+  video = found.get("video", image)
   processor = {"processor_class": "Qwen2_5_VLProcessor"}
   return texts | {
     "config.json": _json(hf_config.to_hf(config, dtype=dtype)),
-    "generation_config.json": _json(
-      found.get("generation_config.json", generation)
-    ),
+    "generation_config.json": _json(found.get("generation", generation)),
     # The published name; 5.2 does not know the class that some copies name.
     "preprocessor_config.json": _json(
       image

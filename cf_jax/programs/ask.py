@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -135,11 +136,17 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f"dtype must be None or one of {model_config.DTYPES}, got"
       f" {config.dtype!r}; change config.dtype"
     )
-  if config.sampling.temperature < 0:
-    raise ValueError(
-      "config.sampling.temperature must be 0 (greedy) or more, got"
-      f" {config.sampling.temperature}"
-    )
+  how, kernels = config.sampling, typing.get_args(video.Resize)
+  for name, fits, what in (
+    ("sampling.temperature", 0 <= how.temperature < math.inf, "0 or more"),
+    ("sampling.top_p", 0 < how.top_p <= 1, "above 0 and at most 1"),
+    ("sampling.top_k", how.top_k >= 0, "0 (off) or more"),
+    ("scan.size_px", min(config.scan.size_px) > 0, "(height, width)"),
+    ("resize", config.resize in (None, *kernels), f"None or one of {kernels}"),
+  ):
+    if not fits:
+      value = functools.reduce(getattr, name.split("."), config)
+      raise ValueError(f"config.{name} must be {what}, got {value!r}")
 
 
 def settle(
@@ -147,8 +154,9 @@ def settle(
 ) -> ml_collections.ConfigDict:
   """Puts a value in the place of every None.
 
-  A run's own settings come before the program's, so that its policy sees what
-  it was trained on.
+  Of a run, what its policy was shown comes before the program's defaults: the
+  number and the area of keyframes, how they are resized, and the prompt's form.
+  How keyframes are found, and their aspect ratio, are the program's own.
 
   Args:
     config: of configs/ask.py.
@@ -524,7 +532,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
   # ---- what will be asked, and what it takes ----
   mesh = sharding.make_mesh(**config.mesh)
-  model, tokenizer = policies.describe(config.checkpoint)
+  described = policies.describe(config.checkpoint, config.init_from)
+  model, tokenizer = described
   config = settle(config, model)
   vision = model.vision
   with phase("video", f"looking through {config.video}"):
@@ -550,7 +559,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
   # ---- policy ----
   with phase("load", f"loading {config.checkpoint}"):
-    policy = policies.load_policy(config.checkpoint, mesh, dtype=config.dtype)
+    policy = policies.load_policy(
+      config.checkpoint,
+      mesh,
+      dtype=config.dtype,
+      init_from=config.init_from,
+      described=described,
+    )
     params = vlm.unstack(policy.params)
   model, tokenizer = policy.model, policy.tokenizer
   eos_id = end_ids(tokenizer, model.vocab_size, policy.folder)

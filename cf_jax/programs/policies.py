@@ -32,7 +32,7 @@ class Policy(NamedTuple):
     model: its shape, and how to run it.
     params: on the mesh; adapters, where there are any, are not merged.
     tokenizer: its tokenizer.
-    folder: where the tokenizer's files lie.
+    folder: where generation and preprocessor settings may lie.
     source: the directory or checkpoint it was read from.
   """
 
@@ -41,6 +41,18 @@ class Policy(NamedTuple):
   tokenizer: prompts.Tokenizer
   folder: pathlib.Path
   source: str
+
+
+def make_paths_absolute(config: ml_collections.ConfigDict) -> None:
+  """Puts absolute paths into a config, so that a run finds them from anywhere.
+
+  Args:
+    config: a run's, changed in place: `init_from` and `tokenizer`.
+  """
+  if config.init_from:
+    config.init_from = str(pathlib.Path(config.init_from).absolute())
+  if config.tokenizer not in ("", "tiny"):
+    config.tokenizer = str(pathlib.Path(config.tokenizer).absolute())
 
 
 def tokenizer_folder(config: ml_collections.ConfigDict) -> str:
@@ -199,37 +211,19 @@ def check_frozen(now: str, host: dict, source: str) -> None:
     )
 
 
-def load_policy(
-  path: str, mesh: jax.sharding.Mesh, *, dtype: str | None = None
-) -> Policy:
-  """Opens a Qwen2.5-VL directory or a run's workdir.
-
-  Of a run, the newest checkpoint of its last stage.
-
-  Args:
-    path: a directory with `config.json`, or a workdir with `manifest.json`.
-    mesh: where the parameters go.
-    dtype: "float32" or "bfloat16", what parameters are stored and matmuls run
-      in; None keeps the checkpoint's.
-
-  Raises:
-    ValueError: neither kind of directory, or one that cannot be read.
-  """
-  _, tokenizer = describe(path)
-  folder = pathlib.Path(path)
-  if (folder / telemetry.MANIFEST_FILE).is_file():
-    return _load_run(folder, mesh, dtype)
-  model, params = hf_weights.load_hf(folder, mesh, dtype=dtype)
-  return Policy(model, params, tokenizer, folder, str(folder))
+def is_run(path: str) -> bool:
+  """Is it a run's workdir?"""
+  return (pathlib.Path(path) / telemetry.MANIFEST_FILE).is_file()
 
 
 def describe(
-  path: str,
+  path: str, init_from: str = ""
 ) -> tuple[model_config.VLMConfig, prompts.Tokenizer]:
   """Shape and tokenizer of a policy, without reading its parameters.
 
   Args:
     path: as in `load_policy`.
+    init_from: as in `load_policy`.
 
   Raises:
     ValueError: neither kind of directory, or one that cannot be read.
@@ -240,10 +234,8 @@ def describe(
       "no checkpoint; set --config.checkpoint to a Qwen2.5-VL directory or to"
       " a run's workdir"
     )
-  if (folder / telemetry.MANIFEST_FILE).is_file():
-    config = ml_collections.ConfigDict(
-      telemetry.read_manifest(folder)["config"]
-    )
+  if is_run(path):
+    config = _run_config(folder, init_from)
     tokenizer = prompts.load_tokenizer(tokenizer_folder(config))
     return make_model(config, tokenizer), tokenizer
   if not (folder / "config.json").is_file():
@@ -257,12 +249,54 @@ def describe(
   return open_directory(folder, tokenizer), tokenizer
 
 
-def _load_run(
-  workdir: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None
+def load_policy(
+  path: str,
+  mesh: jax.sharding.Mesh,
+  *,
+  dtype: str | None = None,
+  init_from: str = "",
+  described: tuple[model_config.VLMConfig, prompts.Tokenizer] | None = None,
 ) -> Policy:
+  """Opens a Qwen2.5-VL directory or a run's workdir.
+
+  Of a run, the newest checkpoint of its last stage.
+
+  Args:
+    path: a directory with `config.json`, or a workdir with `manifest.json`.
+    mesh: where the parameters go.
+    dtype: "float32" or "bfloat16", what parameters are stored and matmuls run
+      in; None keeps the checkpoint's. Adapters stay float32.
+    init_from: where the directory that a run started from lies now; "" is
+      where it lay.
+    described: what `describe` gave, to open nothing twice.
+
+  Raises:
+    ValueError: neither kind of directory, or one that cannot be read.
+  """
+  model, tokenizer = described or describe(path, init_from)
+  folder = pathlib.Path(path)
+  if is_run(path):
+    config = _run_config(folder, init_from)
+    return _load_run(folder, config, model, tokenizer, mesh, dtype)
+  model, params = hf_weights.load_hf(folder, mesh, dtype=dtype)
+  return Policy(model, params, tokenizer, folder, str(folder))
+
+
+def _run_config(
+  workdir: pathlib.Path, init_from: str
+) -> ml_collections.ConfigDict:
+  """What a run was started with."""
   config = ml_collections.ConfigDict(telemetry.read_manifest(workdir)["config"])
-  tokenizer = prompts.load_tokenizer(tokenizer_folder(config))
-  model = make_model(config, tokenizer)
+  config.init_from = init_from or config.init_from
+  if config.init_from and not pathlib.Path(config.init_from).is_dir():
+    raise ValueError(
+      f"the run in {workdir} starts from {config.init_from}, which is not"
+      " there; say where it lies now with --config.init_from"
+    )
+  return config
+
+
+def _load_run(workdir, config, model, tokenizer, mesh, dtype):
   template = abstract_params(config, model, mesh)
   params, newest = {}, None
   for stage in reversed(STAGES):  # later stages win over earlier ones
@@ -302,4 +336,5 @@ def _load_run(
       params,
     )
   logging.info("policy: %s", source)
-  return Policy(model, params, tokenizer, tokenizer.folder, source)
+  settings = pathlib.Path(config.init_from or tokenizer.folder)
+  return Policy(model, params, tokenizer, settings, source)

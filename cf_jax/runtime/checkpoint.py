@@ -8,7 +8,6 @@ writer leaves nothing that a restore would take for a checkpoint.
 """
 
 import pathlib
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -143,8 +142,3 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, then releases the writer's threads."""
     self._manager.close()
-
-
-def to_host(tree: Any) -> Any:
-  """Copies a tree of arrays to numpy."""
-  return jax.tree.map(jax.device_get, tree)

@@ -166,6 +166,72 @@ def test_export_in_another_dtype(run, mesh, tmp_path):
   )
 
 
+def test_a_target_is_checked_before_anything_is_loaded(run, tmp_path):
+  (tmp_path / "note").write_text("mine")
+  config = load_config("configs/export.py")
+  config.checkpoint = str(run)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delattr(policies, "load_policy")
+    with pytest.raises(ValueError, match="not empty; name a new directory"):
+      export.run(config, tmp_path)
+    for key, value, said in (
+      ("max_shard_gb", 0.0, "must be positive, got 0.0"),
+      ("dtype", "float16", "config.dtype must be '' or one of"),
+    ):
+      wrong = load_config("configs/export.py")
+      wrong[key] = value
+      with pytest.raises(ValueError, match=said):
+        export.run(wrong, tmp_path / "new")
+
+
+def test_a_base_that_moved(run, base, mesh, tmp_path):
+  moved, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+  shutil.copytree(run, moved)
+  manifest = json.loads((moved / "manifest.json").read_text())
+  assert manifest["config"]["init_from"] == str(base.absolute())
+  manifest["config"]["init_from"] = str(tmp_path / "gone")
+  (moved / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match="not there; .* --config.init_from"):
+    policies.load_policy(str(moved), mesh)
+  shutil.copytree(base, elsewhere)
+  policy = policies.load_policy(str(moved), mesh, init_from=str(elsewhere))
+  _assert_equal(policy.params, policies.load_policy(str(run), mesh).params)
+
+
+def test_settings_of_the_base_survive(run, base, tmp_path):
+  """Also where transformers 5 keeps them, and beside another tokenizer."""
+  moved, source, tokenizer = (tmp_path / n for n in ("run", "base", "words"))
+  shutil.copytree(run, moved)
+  shutil.copytree(base, source)
+  shutil.copytree(prompts.TINY_TOKENIZER, tokenizer)
+  image = json.loads((source / "preprocessor_config.json").read_text())
+  both = {
+    "image_processor": image | {"min_pixels": 12544, "max_pixels": 100352},
+    "video_processor": image | {"fps": 4.0, "max_pixels": 50176},
+  }
+  (source / "processor_config.json").write_text(json.dumps(both))
+  for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+    (source / name).unlink()
+  generation = {"eos_token_id": [7, 9], "temperature": 0.25}
+  (source / "generation_config.json").write_text(json.dumps(generation))
+  manifest = json.loads((moved / "manifest.json").read_text())
+  manifest["config"] |= dict(init_from=str(source), tokenizer=str(tokenizer))
+  (moved / "manifest.json").write_text(json.dumps(manifest))
+
+  config = load_config("configs/export.py")
+  config.checkpoint = str(moved)
+  export.run(config.lock(), tmp_path / "hf")
+
+  def read(name):
+    return json.loads((tmp_path / "hf" / name).read_text())
+
+  assert read("generation_config.json") == generation
+  assert read("preprocessor_config.json")["max_pixels"] == 100352
+  assert read("preprocessor_config.json")["min_pixels"] == 12544
+  assert read("video_preprocessor_config.json")["fps"] == 4.0
+  assert read("video_preprocessor_config.json")["max_pixels"] == 50176
+
+
 def test_a_changed_base_is_noticed(run, base, mesh, tmp_path):
   """Adapters beside other weights would be silently wrong."""
   moved = tmp_path / "run"
