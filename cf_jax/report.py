@@ -12,7 +12,6 @@ import datetime
 import html
 import io
 import json
-import math
 import os
 import pathlib
 import re
@@ -66,6 +65,7 @@ _STYLE = {
 _STRIP_COLUMNS = 8  # keyframes side by side; more go into further rows
 
 _STAGES = {"sft": "cold start", "rl": "KF-GRPO"}
+_BESIDE = {"video": "video (read ahead, beside the rest)"}
 _VIEWS = {
   "keyframes": "TAD keyframes",
   "tad": "TAD keyframes",
@@ -478,7 +478,7 @@ def write_report(
       ("What the policy saw", _strips(strips)),
       ("Shortcuts", _probes(results.get("probes", {}))),
       ("Rollouts", _rollouts(rollouts, num_rollouts)),
-      ("Where the time goes", _times(metrics, results.get("timing", {}))),
+      ("Where the time goes", _times(metrics, results, manifest)),
       ("Settings", _settings(manifest)),
     ]
   body = "".join(
@@ -917,47 +917,51 @@ def _cut(text: str, limit: int = 1500) -> str:
   return f"{text[:limit]} … ({len(text) - limit} more characters)"
 
 
-def _times(metrics: list[dict], timing: dict) -> str:
-  """Median seconds of each phase, which compiling does not move."""
+def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
+  """Median seconds of each phase, which compiling does not move.
+
+  Where they were counted: tokens a second, and the share of the matmul peak.
+  """
   tables = []
+  timing = results.get("timing", {})
   for stage in dict.fromkeys(row["stage"] for row in metrics):
     rows = [row for row in metrics if row["stage"] == stage]
-    names = dict.fromkeys(
-      name
-      for row in rows
-      for name in row
-      if name.startswith("time/") and name.endswith("_s")
-    )
-    seconds = {
-      name[len("time/") : -len("_s")]: float(
-        np.median(
-          [row[name] for row in rows if row.get(name) is not None] or [math.nan]
-        )
+    seconds, rates, shares = (
+      _medians(rows, prefix, suffix)
+      for prefix, suffix in (
+        ("time/", "_s"),
+        ("rate/", "_per_s"),
+        ("mfu/", ""),
       )
-      for name in names
-    }
+    )
     whole = seconds.pop("step", None)
     longest = max(seconds.values(), default=0.0)
     if not longest > 0:
       continue
+
+    def line(name, value, label, rates=rates, shares=shares, longest=longest):
+      cells = [label, f"{value:.3f} s"]
+      if rates:
+        cells.append(f"{rates[name]:,.0f}" if name in rates else "")
+      if shares:
+        cells.append(f"{shares[name]:.1%}" if name in shares else "")
+      width = 100 * min(value / longest, 1)
+      return [*cells, f'<div class="bar" style="width:{width:.1f}%"></div>']
+
     lines = [
-      [
-        _text(name),
-        f"{value:.3f} s",
-        f'<div class="bar" style="width:{100 * value / longest:.1f}%"></div>',
-      ]
+      line(name, value, _text(_BESIDE.get(name, name)))
       for name, value in sorted(seconds.items(), key=lambda p: -p[1])
-      if not math.isnan(value)
     ]
     if whole is not None:
-      lines.append(["<i>whole update</i>", f"<i>{whole:.3f} s</i>", ""])
-    tables.append(
-      '<div class="times">'
-      + _table(
-        [_text(_STAGES.get(stage, stage)), "median of an update", ""], lines
-      )
-      + "</div>"
-    )
+      lines.append([*line("step", whole, "<i>whole update</i>")[:-1], ""])
+    head = [_text(_STAGES.get(stage, stage)), "median of an update"]
+    head += ["tokens / s"] * bool(rates) + ["of the peak"] * bool(shares)
+    tables.append(f'<div class="times">{_table([*head, ""], lines)}</div>')
+  peak = (manifest.get("starts") or [{}])[-1].get("peak")
+  if tables and peak:
+    timing = timing | {
+      "peak": f"{peak['flops_per_s'] / 1e12:.3g} TFLOP/s ({peak['source']})"
+    }
   if timing:
     tables.append(
       '<div class="times">'
@@ -968,7 +972,7 @@ def _times(metrics: list[dict], timing: dict) -> str:
             _text(name.removesuffix("_s").replace("_", " ")),
             telemetry.clock(value)
             if name.endswith("_s")
-            else _text(_number(value)),
+            else _text(value if isinstance(value, str) else _number(value)),
           ]
           for name, value in timing.items()
           if value is not None
@@ -977,6 +981,22 @@ def _times(metrics: list[dict], timing: dict) -> str:
       + "</div>"
     )
   return f'<div class="grid">{"".join(tables)}</div>' if tables else ""
+
+
+def _medians(rows: list[dict], prefix: str, suffix: str) -> dict[str, float]:
+  """Medians of the metrics named so, without prefix and suffix."""
+  names = dict.fromkeys(
+    name
+    for row in rows
+    for name, value in row.items()
+    if value is not None and name.startswith(prefix) and name.endswith(suffix)
+  )
+  return {
+    name[len(prefix) : len(name) - len(suffix)]: float(
+      np.median([row[name] for row in rows if row.get(name) is not None])
+    )
+    for name in names
+  }
 
 
 def _settings(manifest: dict) -> str:
@@ -1077,7 +1097,7 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #dfe4ea;
 th:first-child, td:first-child { text-align: left; }
 td i { color: #66727f; }
 .times table { width: 100%; }
-.times td:nth-child(3) { width: 45%; }
+.times td:last-child { width: 35%; }
 .bar { height: .6rem; margin-top: .4rem; background: #1f5fa8;
   border-radius: 2px; }
 article { border: 1px solid #dfe4ea; border-radius: 8px; padding: .9rem 1rem; }

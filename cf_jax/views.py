@@ -300,7 +300,8 @@ class ViewMaker:
 
   def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):
-      scored = jax.device_get(self._select(batch.scan, batch.scan_mask))
+      with jax.profiler.TraceAnnotation("tad"):
+        scored = jax.device_get(self._select(batch.scan, batch.scan_mask))
       while self._memory and len(self._memory) + len(keys) > _REMEMBERED_VIDEOS:
         self._memory.pop(next(iter(self._memory)))  # the oldest
       for row, key in enumerate(keys):

@@ -27,6 +27,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.distributed = False  # True: jax.distributed.initialize() first
   # Where compiled programs are kept between runs; "" turns it off.
   config.compilation_cache_dir = "~/.cache/cf_jax/xla"
+  # "10:12" traces KF-GRPO updates 10 to 12 into workdir/profile: open
+  # perfetto_trace.json.gz in ui.perfetto.dev, or the folder in XProf.
+  config.profile = ""
   # Devices along each mesh axis; -1 takes what the others leave.
   config.mesh = dict(data=-1, fsdp=1, tensor=1, context=1)
 
@@ -96,6 +99,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.sft = dict(
     max_steps=500,
     batch_size=32,
+    # Equal parts in which a batch goes through an update, one after the other:
+    # the same update with a part's memory. 1 is fastest.
+    micro_batches=1,
     # What the target answers with. So small a policy learns to name an option
     # long before it learns to look up its letter; both are read.
     answer_form="text",
@@ -121,6 +127,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.rl = dict(
     steps=250,
     prompts_per_step=16,  # B
+    micro_batches=1,  # as in sft; equal parts of the prompts
     log_every=1,
     checkpoint_every=50,
   )

@@ -30,6 +30,7 @@ FLOORS = (
 ORDER = {
   "models": (
     "config",
+    "flops",
     "rope",
     "lora",
     "layers",
@@ -40,6 +41,7 @@ ORDER = {
     "hf_weights",
   ),
   "data": (
+    "json_file",
     "video",
     "patches",
     "vision_input",

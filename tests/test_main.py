@@ -101,7 +101,8 @@ def test_missing_tokenizer(tmp_path):
     f"--config.data.cache_dir={tmp_path / 'data'}",
   )
   assert not (tmp_path / "data").exists()
-  assert "no tokenizer.json in 'no/such/folder'; config.tokenizer" in said
+  assert "no/such/folder'; expected a folder that has one" in said
+  assert "no tokenizer.json in " in said and "config.tokenizer" in said
 
 
 def test_bad_data_source(tmp_path):

@@ -76,7 +76,10 @@ def workdir(tmp_path):
           "reward/accuracy": 0.5,
           "bonus/temporal": 0.1,
           "kl": None,
-          "time/rollout_s": 0.4,
+          "time/decode_s": 0.4,
+          "time/video_s": 0.5,
+          "rate/decode_per_s": 1234.0,
+          "mfu/step": 0.123,
           "time/step_s": 0.7,
         },
       )
@@ -137,6 +140,7 @@ def workdir(tmp_path):
     seed=7,
     data_hash="3f9a",
     argv=["main"],
+    peak=telemetry.Peak(5e10, "by hand"),
   )
   strip(tmp_path / "film_strips" / "v.png", about={"question": NASTY})
   return tmp_path
@@ -171,6 +175,10 @@ def test_the_page_shows_results_probes_times_and_settings(workdir):
     "at chance",
     "not at chance",
     "0.400 s",
+    "beside the rest",
+    "1,234",
+    "12.3%",
+    "0.05 TFLOP/s (by hand)",
     "1:15",
     "tad.num_keyframes",
     "3f9a",

@@ -193,6 +193,97 @@ def test_phase_timer_gives_seconds_per_step_and_starts_anew(monkeypatch):
   assert timer.collect() == {"time/step_s": 1.0}
 
 
+def test_utilisation_is_operations_over_the_peak(monkeypatch):
+  clock = iter([0.0, 0.0, 2.0, 5.0, 5.0])
+  monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+  timer = telemetry.PhaseTimer(telemetry.Peak(100.0, "by hand"))
+  with timer("update"):
+    pass
+  timer.flops("update", 50.0)
+  timer.flops("score", 25.0)  # its time was never taken
+  timer.add("video", 4.0)
+  timer.step()
+  metrics = timer.collect()
+  assert metrics == {
+    "time/update_s": 2.0,
+    "time/video_s": 4.0,
+    "time/step_s": 5.0,
+    "mfu/update": 0.25,
+    "mfu/step": 0.15,
+  }
+
+
+class _Device:
+  platform = "gpu"
+
+  def __init__(self, kind):
+    self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype", "each"),
+  [
+    ("NVIDIA H200", "bfloat16", 989e12),
+    ("NVIDIA A100-SXM4-40GB", "float32", 156e12),
+    ("TPU v5 lite", "bfloat16", 197e12),
+    ("TPU v5p", "bfloat16", 459e12),
+  ],
+)
+def test_peak_of_a_known_device(monkeypatch, kind, dtype, each):
+  devices = [_Device(kind)] * 4
+  monkeypatch.setattr(telemetry.jax, "devices", lambda: devices)
+  peak = telemetry.find_peak(dtype)
+  assert peak.flops_per_s == 4 * each
+  assert kind in peak.source and "data sheet" in peak.source
+
+
+def test_peak_of_a_cpu_is_measured():
+  peak = telemetry.find_peak("float32")
+  assert 1e8 < peak.flops_per_s < 1e15
+  assert "measured" in peak.source and "float32" in peak.source
+
+
+@pytest.mark.parametrize(
+  ("profile", "updates"), [("", None), ("2:3", (2, 3)), ("4:4", (4, 4))]
+)
+def test_updates_to_trace(profile, updates):
+  assert telemetry.parse_updates(profile, 4) == updates
+
+
+@pytest.mark.parametrize("profile", ["3", "3:2", "0:2", "4:5", "a:b", "1:2:3"])
+def test_updates_that_cannot_be_traced(profile):
+  with pytest.raises(ValueError, match=r"1 to 4.*config\.profile"):
+    telemetry.parse_updates(profile, 4)
+
+
+def test_tracer_traces_what_was_asked_for(monkeypatch, tmp_path):
+  said = []
+  monkeypatch.setattr(
+    telemetry.jax.profiler,
+    "start_trace",
+    lambda folder, **_: said.append(("start", folder)),
+  )
+  monkeypatch.setattr(
+    telemetry.jax.profiler, "stop_trace", lambda: said.append("stop")
+  )
+  start = ("start", tmp_path)
+  for updates, steps, expected in (
+    ((2, 3), range(1, 6), [1, start, 2, 3, "stop", 4, 5]),
+    ((1, 4), range(3, 5), [start, 3, 4, "stop"]),  # went on, and ended
+    ((1, 2), range(3, 5), [3, 4]),
+  ):
+    said.clear()
+    with telemetry.Tracer(updates, tmp_path) as tracer:
+      for number in steps:
+        tracer.step(number)
+        said.append(number)
+    assert said == expected
+  said.clear()
+  with telemetry.Tracer(None, tmp_path) as tracer:
+    tracer.step(1)
+  assert not said
+
+
 def test_compile_counter_counts_after_warm_up_only():
   double = jax.jit(lambda x: x * 2)
   with telemetry.CompileCounter() as compiles:

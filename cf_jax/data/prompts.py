@@ -31,12 +31,14 @@ import pathlib
 import re
 import string
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
 import numpy as np
 import tokenizers
+
+from cf_jax.data import json_file
 
 TINY_TOKENIZER = pathlib.Path(__file__).parent / "assets" / "tiny_tokenizer"
 
@@ -91,6 +93,9 @@ SPELLED_FIELDS = (
 QUESTION_TEMPLATE = "{question}{options}\nThink, then answer."
 TIME_FORMAT = "{:.1f}s"
 
+# The settings that may name a tokenizer's folder.
+_FOLDER = "config.tokenizer, config.init_from or config.checkpoint"
+
 # Slots of the rendered template into which user text goes; private-use
 # characters, so that no template holds them by chance.
 _SYSTEM_SLOT = "\ue000system\ue001"
@@ -131,21 +136,12 @@ class Tokenizer:
 
   def __init__(self, folder: pathlib.Path):
     """Reads the folder of a tokenizer; see `load_tokenizer`."""
-    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    self.special = {
-      token["content"]: token["id"] for token in spec["added_tokens"]
-    }
-    missing = [name for name in ADDED_TOKENS if name not in self.special]
-    if missing:
-      raise ValueError(
-        f"{folder / 'tokenizer.json'} lacks {', '.join(missing)}; expected"
-        " the added tokens of Qwen2.5-VL; change config.tokenizer"
-      )
-    self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    path = folder / "tokenizer.json"
+    spec = json_file.read_object(path)
+    self.special = _read_added_tokens(spec, path)
+    self._full = _make_encoder(spec, path)
     # Without added tokens: no text can become one of them.
-    self._plain = tokenizers.Tokenizer.from_str(
-      json.dumps(spec | {"added_tokens": []})
-    )
+    self._plain = _make_encoder(spec | {"added_tokens": []}, path)
     self.vocab_size = 1 + max(self._full.get_vocab(True).values())
     self.folder = folder
     self.config_ids = {
@@ -154,7 +150,7 @@ class Tokenizer:
     self.eos_id = self.special[EOS]
     self.pad_id = self.special[PAD]
     self.banned_ids = tuple(sorted(set(self.special.values()) - {self.eos_id}))
-    self.chat_template = _read_chat_template(folder)
+    self._template_path, self.chat_template = _read_chat_template(folder)
     self._names = re.compile(
       "(" + "|".join(re.escape(name) for name in self.special) + ")"
     )
@@ -215,7 +211,8 @@ class Tokenizer:
       Strings: template text and the slots' names, in turn.
 
     Raises:
-      ValueError: the template does not show the system or user text once.
+      ValueError: the template is broken, refuses the messages, or does not
+        show the system or user text once.
     """
     messages = [{"role": "user", "content": _USER_SLOT}]
     if with_system:
@@ -223,14 +220,24 @@ class Tokenizer:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True
     )
-    rendered = environment.from_string(self.chat_template).render(
-      messages=messages, add_generation_prompt=True, tools=None
-    )
+    # transformers' environment has it, for templates that refuse messages.
+    environment.globals["raise_exception"] = _refuse_messages
+    try:
+      rendered = environment.from_string(self.chat_template).render(
+        messages=messages, add_generation_prompt=True, tools=None
+      )
+    except Exception as error:  # a template is a program: it can raise anything
+      raise ValueError(
+        f"the chat template in {self._template_path} fails: {_line(error)};"
+        " expected one that renders"
+        f" {' and '.join(message['role'] for message in messages)} messages;"
+        " change that file"
+      ) from error
     slots = [_SYSTEM_SLOT] * with_system + [_USER_SLOT]
     if any(rendered.count(slot) != 1 for slot in slots):
       raise ValueError(
-        "the chat template shows a message not exactly once; change the"
-        " chat_template of config.tokenizer"
+        f"the chat template in {self._template_path} shows a message not"
+        " exactly once; change that file"
       )
     return tuple(re.split(f"({_SYSTEM_SLOT}|{_USER_SLOT})", rendered))
 
@@ -248,30 +255,77 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   in `tokenizer_config.json`: the first that is there.
 
   Raises:
-    ValueError: a file or an added token is missing.
+    ValueError: a file or an added token is missing, or a file is broken.
   """
   folder = TINY_TOKENIZER if str(path) == "tiny" else pathlib.Path(path)
   if not (folder / "tokenizer.json").is_file():
     raise ValueError(
-      f"no tokenizer.json in {str(folder)!r}; config.tokenizer must be 'tiny'"
-      " or a folder that has one"
+      f"no tokenizer.json in {str(folder)!r}; expected a folder that has one"
+      f" ({_FOLDER})"
     )
   return Tokenizer(folder)
 
 
-def _read_chat_template(folder: pathlib.Path) -> str:
-  plain = folder / "chat_template.jinja"
-  if plain.is_file():
-    return plain.read_text("utf-8")
+def _line(error: Exception) -> str:
+  """An error's text in one line."""
+  return " ".join(str(error).split())
+
+
+def _read_added_tokens(spec: dict, path: pathlib.Path) -> dict[str, int]:
+  """Name -> id of a tokenizer's added tokens."""
+  tokens = json_file.field(
+    spec, "added_tokens", "a list of objects", prefix=f"{path}: ", default=()
+  )
+  special = {}
+  for number, token in enumerate(tokens):
+    where = f"{path}: added_tokens[{number}]."
+    name = json_file.field(token, "content", "a string", prefix=where)
+    special[name] = json_file.field(
+      token, "id", "an integer of at least 0", prefix=where
+    )
+    if name is None or special[name] is None:
+      raise ValueError(
+        f"{path}: added_tokens[{number}] is {token!r:.60}, expected an object"
+        " with content and id; take the file of the model's repository"
+      )
+  missing = [name for name in ADDED_TOKENS if name not in special]
+  if missing:
+    raise ValueError(
+      f"{path} lacks {', '.join(missing)}; expected the added tokens of"
+      f" Qwen2.5-VL; change the folder ({_FOLDER})"
+    )
+  return special
+
+
+def _make_encoder(spec: dict, path: pathlib.Path) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+  except Exception as error:  # the library raises no narrower class
+    raise ValueError(
+      f"{path} is not a tokenizer: {_line(error)}; expected the tokenizer.json"
+      " of a Qwen2.5-VL model; take the file of the model's repository"
+    ) from error
+
+
+def _refuse_messages(message: str) -> None:
+  raise jinja2.TemplateError(message)
+
+
+def _read_chat_template(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
+  """The file that holds the template, and the template."""
+  path = folder / "chat_template.jinja"
+  if path.is_file():
+    return path, path.read_text("utf-8")
   for name in ("chat_template.json", "tokenizer_config.json"):
-    if (folder / name).is_file():
-      found = json.loads((folder / name).read_text("utf-8"))
-      if isinstance(found.get("chat_template"), str):
-        return found["chat_template"]
+    path = folder / name
+    if path.is_file():
+      template = json_file.read_object(path).get("chat_template")
+      if isinstance(template, str):
+        return path, template
   raise ValueError(
     f"no chat template in {str(folder)!r}: expected chat_template.jinja,"
-    " chat_template.json or tokenizer_config.json with one; change"
-    " config.tokenizer"
+    " chat_template.json or tokenizer_config.json with one; change the folder"
+    f" ({_FOLDER})"
   )
 
 
@@ -283,13 +337,41 @@ def _byte_symbols() -> dict[int, str]:
   return symbols | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
 
 
+def _fill(
+  template: str, setting: str, expected: str, *values: Any, **fields: Any
+) -> str:
+  """`str.format`, whose many errors become one that names the setting."""
+  try:
+    return template.format(*values, **fields)
+  except KeyError as error:
+    problem = f"no field {error}"
+  except (IndexError, ValueError, AttributeError, TypeError) as error:
+    problem = str(error)
+  raise ValueError(
+    f"cannot fill in {template!r}: {problem}; expected {expected}; change"
+    f" config.prompt.build.{setting}"
+  )
+
+
+def _time_label(time_format: str, seconds: float) -> str:
+  return _fill(
+    time_format,
+    "time_format",
+    "one field for a number of seconds, as in '{:.1f}s'",
+    seconds,
+  )
+
+
 def label_tolerance_s(time_format: str) -> float:
   """How far a time may be from the label that shows it, in seconds.
 
   Args:
     time_format: as in `build_prompt`.
+
+  Raises:
+    ValueError: a bad format.
   """
-  shown = re.search(r"\d+(?:\.(\d+))?", time_format.format(0.0))
+  shown = re.search(r"\d+(?:\.(\d+))?", _time_label(time_format, 0.0))
   decimals = len(shown[1] or "") if shown else 0
   return 0.5 * 10.0**-decimals + 1e-3
 
@@ -332,7 +414,7 @@ def _media(
     return [start, (0, len(time_s)), end]
   parts = []
   for k, seconds in enumerate(time_s):
-    parts += [time_format.format(seconds), start, (k, 1), end]
+    parts += [_time_label(time_format, seconds), start, (k, 1), end]
   return parts
 
 
@@ -371,7 +453,8 @@ def build_prompt(
     PromptRow; its visual indices count frames in the order given.
 
   Raises:
-    ValueError: times that are not finite or go back, or a bad template.
+    ValueError: times that are not finite or go back, or a bad template or
+      format.
   """
   time_s = np.asarray(frame_time_s, dtype=np.float64)
   if time_s.ndim != 1 or not np.all(np.isfinite(time_s)):
@@ -384,15 +467,13 @@ def build_prompt(
       f"frame_time_s must ascend, got {time_s.tolist()}; a shuffled view"
       " keeps the times and moves the pictures"
     )
-  try:
-    user = question_template.format(
-      question=question, options=option_lines(options)
-    )
-  except (KeyError, IndexError) as error:
-    raise ValueError(
-      f"unknown field {error} in {question_template!r}; expected {{question}}"
-      " and {options} in config.prompt.build.question_template"
-    ) from error
+  user = _fill(
+    question_template,
+    "question_template",
+    "the fields {question} and {options}, and {{ and }} for literal braces",
+    question=question,
+    options=option_lines(options),
+  )
 
   height, width = grid
   num_visual = height * width

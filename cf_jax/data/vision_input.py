@@ -14,14 +14,13 @@ of real videos up to 5 of 255 levels away, 0.01 on average.
 Axes: `n` pictures, videos or frames; pixels are [..., height, width, 3].
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cf_jax.data import patches, video
+from cf_jax.data import json_file, patches, video
 
 # What a preprocessor's file may say only in one way.
 _FIXED = {
@@ -60,33 +59,55 @@ class Preprocessor(NamedTuple):
   std: tuple[float, float, float] = patches.STD
 
 
-def read_preprocessor(
+def find_preprocessor(
   folder: str | pathlib.Path, media: Literal["image", "video"]
-) -> Preprocessor:
-  """The preprocessor of a Qwen2.5-VL directory.
+) -> tuple[pathlib.Path, dict[str, Any]] | None:
+  """A Qwen2.5-VL directory's settings for `media`, as they are written.
 
-  It is the part for `media` in `processor_config.json` (transformers 5), or
+  They are the part for `media` in `processor_config.json` (transformers 5), or
   `video_preprocessor_config.json` for videos, or `preprocessor_config.json`:
   the first that is there, as transformers reads them.
 
+  Returns:
+    The file that holds them and its object (of `processor_config.json`: the
+    part for `media`); None where there is none.
+
   Raises:
-    ValueError: none is there, or one that asks for another kind of work.
+    ValueError: a file that is not JSON, or holds another thing than an object.
   """
   folder = pathlib.Path(folder)
-  spec = None
-  if (folder / "processor_config.json").is_file():
-    path = folder / "processor_config.json"
-    spec = json.loads(path.read_text("utf-8")).get(f"{media}_processor")
+  path = folder / "processor_config.json"
+  if path.is_file():
+    part = f"{media}_processor"
+    spec = json_file.field(
+      json_file.read_object(path), part, "an object", prefix=f"{path}: "
+    )
+    if spec is not None:
+      return path, spec
   names = ("video_preprocessor_config.json",) * (media == "video")
   for name in (*names, "preprocessor_config.json"):
-    if spec is None and (folder / name).is_file():
-      path = folder / name
-      spec = json.loads(path.read_text("utf-8"))
-  if spec is None:
+    path = folder / name
+    if path.is_file():
+      return path, json_file.read_object(path)
+  return None
+
+
+def read_preprocessor(
+  folder: str | pathlib.Path, media: Literal["image", "video"]
+) -> Preprocessor:
+  """The preprocessor of a Qwen2.5-VL directory; see `find_preprocessor`.
+
+  Raises:
+    ValueError: none is there, a broken one, or one that asks for another kind
+      of work.
+  """
+  found = find_preprocessor(folder, media)
+  if found is None:
     raise ValueError(
       f"no preprocessor in {str(folder)!r}: expected preprocessor_config.json"
       " or processor_config.json; copy it from the model's repository"
     )
+  path, spec = found
   for key, expected in _FIXED.items():
     if spec.get(key, expected) != expected:
       raise ValueError(
@@ -94,16 +115,35 @@ def read_preprocessor(
         " preprocessing than Qwen2.5-VL's is supported"
       )
   # Older files name the areas so, newer ones as edges; both may be there.
-  size = spec.get("size") or {}
+  where = f"{path}: "
+  size = json_file.field(spec, "size", "an object", prefix=where, default={})
   smallest, largest = _PIXELS[media]
+
+  def count(key, default):
+    return json_file.field(
+      spec, key, "a positive integer", prefix=where, default=default
+    )
+
+  def area(key, edge, default):
+    kind = "a number of at least 0"
+    return json_file.field(spec, key, kind, prefix=where) or json_file.field(
+      size, edge, kind, prefix=f"{where}size.", default=default
+    )
+
+  def colours(key, default):
+    kind = "a list of three numbers"
+    return tuple(
+      json_file.field(spec, key, kind, prefix=where, default=default)
+    )
+
   return Preprocessor(
-    patch=spec.get("patch_size", 14),
-    merge=spec.get("merge_size", 2),
-    temporal=spec.get("temporal_patch_size", 2),
-    min_pixels=spec.get("min_pixels") or size.get("shortest_edge", smallest),
-    max_pixels=spec.get("max_pixels") or size.get("longest_edge", largest),
-    mean=tuple(spec.get("image_mean", patches.MEAN)),
-    std=tuple(spec.get("image_std", patches.STD)),
+    patch=count("patch_size", 14),
+    merge=count("merge_size", 2),
+    temporal=count("temporal_patch_size", 2),
+    min_pixels=area("min_pixels", "shortest_edge", smallest),
+    max_pixels=area("max_pixels", "longest_edge", largest),
+    mean=colours("image_mean", patches.MEAN),
+    std=colours("image_std", patches.STD),
   )
 
 

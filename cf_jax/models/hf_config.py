@@ -13,42 +13,38 @@ file leaves out of `vision_config` has the default of transformers' class.
 
 from typing import Any
 
+from cf_jax.data import json_file, prompts
 from cf_jax.models.config import DTYPES, VisionConfig, VLMConfig
 
-_TEXT_SIZES = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "num_key_value_heads",
-  "max_position_embeddings",
-  "rms_norm_eps",
-)
-# Where transformers looks for an id: beside the decoder's fields, or outside.
-_TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MEDIA_IDS = (
-  "image_token_id",
-  "video_token_id",
-  "vision_start_token_id",
-  "vision_end_token_id",
-  "vision_token_id",
-)
+_COUNT = "a positive integer"
+_TEXT_SIZES = {
+  "vocab_size": _COUNT,
+  "hidden_size": _COUNT,
+  "intermediate_size": _COUNT,
+  "num_hidden_layers": _COUNT,
+  "num_attention_heads": _COUNT,
+  "num_key_value_heads": _COUNT,
+  "max_position_embeddings": _COUNT,
+  "rms_norm_eps": "a positive number",
+}
 # Qwen2_5_VLVisionConfig.__init__, the same from 4.49.0 to 5.2.0.
 _VISION_DEFAULTS = {
-  "depth": 32,
-  "hidden_size": 3584,
-  "intermediate_size": 3420,
-  "num_heads": 16,
-  "out_hidden_size": 3584,
-  "in_channels": 3,
-  "patch_size": 14,
-  "temporal_patch_size": 2,
-  "spatial_merge_size": 2,
-  "window_size": 112,
-  "fullatt_block_indexes": (7, 15, 23, 31),
-  "tokens_per_second": 4,
-  "initializer_range": 0.02,
+  "depth": (32, _COUNT),
+  "hidden_size": (3584, _COUNT),
+  "intermediate_size": (3420, _COUNT),
+  "num_heads": (16, _COUNT),
+  "out_hidden_size": (3584, _COUNT),
+  "in_channels": (3, _COUNT),
+  "patch_size": (14, _COUNT),
+  "temporal_patch_size": (2, _COUNT),
+  "spatial_merge_size": (2, _COUNT),
+  "window_size": (112, _COUNT),
+  "fullatt_block_indexes": (
+    (7, 15, 23, 31),
+    "a list of integers of at least 0",
+  ),
+  "tokens_per_second": (4, "a positive number"),
+  "initializer_range": (0.02, "a number of at least 0"),
 }
 # Constants of transformers' code, which no file can change.
 _VISION_CONSTANTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
@@ -65,7 +61,7 @@ _RELATIVES = {
 
 def _fail_unless(condition: bool, message: str) -> None:
   if not condition:
-    raise ValueError(f"config.json: {message}")
+    raise ValueError(message)
 
 
 def from_hf(spec: dict[str, Any]) -> VLMConfig:
@@ -79,20 +75,23 @@ def from_hf(spec: dict[str, Any]) -> VLMConfig:
     where that is float32 or bfloat16, else float32.
 
   Raises:
-    ValueError: another model, a missing key, or a setting that is not
-      implemented.
+    ValueError: another model, a missing key, a value of another type, or a
+      setting that is not implemented; names the key, and not the file.
   """
   _check_model(spec)
-  text = _section(spec, "text_config") or spec
-  vision = _section(spec, "vision_config") or {}
+  text = json_file.field(spec, "text_config", "an object") or spec
+  vision = json_file.field(spec, "vision_config", "an object", default={})
   where = "text_config." if text is not spec else ""
   missing = [where + key for key in _TEXT_SIZES if text.get(key) is None]
   _fail_unless(
     not missing,
     f"missing {', '.join(missing)}; expected every size of the decoder",
   )
+  sizes = {
+    key: json_file.field(text, key, kind, prefix=where)
+    for key, kind in _TEXT_SIZES.items()
+  }
   _check_decoder(text, where)
-  sizes = {key: text[key] for key in _TEXT_SIZES}
   theta, section = _rope(text, where)
   dtype = str(spec.get("dtype") or spec.get("torch_dtype") or "float32")
   dtype = dtype.removeprefix("torch.")
@@ -103,16 +102,25 @@ def from_hf(spec: dict[str, Any]) -> VLMConfig:
       **sizes,
       rope_theta=theta,
       mrope_section=section,
-      tie_word_embeddings=_tied(spec, text),
-      initializer_range=text.get("initializer_range", 0.02),
-      **{key: _token_id(spec, text, key) for key in _TEXT_IDS + _MEDIA_IDS},
+      tie_word_embeddings=_tied(spec, text, where),
+      initializer_range=json_file.field(
+        text,
+        "initializer_range",
+        "a number of at least 0",
+        prefix=where,
+        default=0.02,
+      ),
+      **{
+        key: _token_id(spec, text, where, key, sizes["vocab_size"])
+        for key in prompts.ID_FIELDS
+      },
       dtype=dtype,
       param_dtype=dtype,
     )
   except ValueError as error:
+    # The model's own checks, in terms of the file.
     message = str(error).replace("config.model.vision.", "vision_config.")
-    message = message.replace("config.model.", where)
-    raise ValueError("config.json: " + message.split("json: ")[-1]) from error
+    raise ValueError(message.replace("config.model.", where)) from error
 
 
 def to_hf(config: VLMConfig, *, dtype: str) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def to_hf(config: VLMConfig, *, dtype: str) -> dict[str, Any]:
       )
   ids = {
     key: getattr(config, key)
-    for key in _TEXT_IDS + _MEDIA_IDS
+    for key in prompts.ID_FIELDS
     if getattr(config, key) is not None
   }
   text = {key: getattr(config, key) for key in _TEXT_SIZES}
@@ -171,7 +179,8 @@ def to_hf(config: VLMConfig, *, dtype: str) -> dict[str, Any]:
 def _check_model(spec):
   kind = spec.get("model_type")
   if kind != "qwen2_5_vl":
-    why = f" ({_RELATIVES[kind]})" if kind in _RELATIVES else ""
+    known = isinstance(kind, str) and kind in _RELATIVES
+    why = f" ({_RELATIVES[kind]})" if known else ""
     _fail_unless(
       False,
       f"model_type {kind!r} is not supported{why}; supported is 'qwen2_5_vl':"
@@ -184,15 +193,6 @@ def _check_model(spec):
   )
 
 
-def _section(spec, key):
-  found = spec.get(key)
-  _fail_unless(
-    found is None or isinstance(found, dict),
-    f"{key} must be an object, got {found!r}",
-  )
-  return found
-
-
 def _check_decoder(text, where):
   def refuse(key, value, supported):
     _fail_unless(
@@ -203,12 +203,15 @@ def _check_decoder(text, where):
   act = text.get("hidden_act", "silu")
   if act != "silu":
     refuse("hidden_act", act, "'silu'")
-  if text.get("use_sliding_window"):
+  if json_file.field(text, "use_sliding_window", "true or false", prefix=where):
     refuse("use_sliding_window", True, "false: every layer sees all slots")
-  kinds = set(text.get("layer_types") or ()) - {"full_attention"}
-  if kinds:
-    refuse("layer_types", sorted(kinds), "'full_attention' in every layer")
-  width = text.get("head_dim")
+  kinds = json_file.field(
+    text, "layer_types", "a list of strings", prefix=where, default=()
+  )
+  others = sorted(set(kinds) - {"full_attention"})
+  if others:
+    refuse("layer_types", others, "'full_attention' in every layer")
+  width = json_file.field(text, "head_dim", _COUNT, prefix=where)
   heads = text["num_attention_heads"]
   if width is not None and width * heads != text["hidden_size"]:
     refuse("head_dim", width, "hidden_size / num_attention_heads")
@@ -217,7 +220,7 @@ def _check_decoder(text, where):
 def _rope(text, where):
   """(theta, mrope_section)."""
   key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-  rope = text.get(key) or {}
+  rope = json_file.field(text, key, "an object", prefix=where, default={})
   for name in ("rope_type", "type"):
     kind = rope.get(name, "default")
     _fail_unless(
@@ -231,38 +234,60 @@ def _rope(text, where):
     f"{where}{key}.partial_rotary_factor {factor} is not supported; supported"
     " is 1: the whole head rotates",
   )
+  section = json_file.field(
+    rope,
+    "mrope_section",
+    "a list of integers of at least 0",
+    prefix=f"{where}{key}.",
+  )
   _fail_unless(
-    rope.get("mrope_section") is not None,
+    section is not None,
     f"missing {where}{key}.mrope_section; expected three counts that add up to"
     " half a head, [16, 24, 24] in the published models",
   )
-  theta = rope.get("rope_theta", text.get("rope_theta"))
-  return (
-    float(_DEFAULT_THETA if theta is None else theta),
-    tuple(rope["mrope_section"]),
-  )
+  theta = _DEFAULT_THETA
+  for part, prefix in ((text, where), (rope, f"{where}{key}.")):
+    theta = json_file.field(
+      part, "rope_theta", "a positive number", prefix=prefix, default=theta
+    )
+  return float(theta), tuple(section)
 
 
-def _tied(spec, text):
+def _tied(spec, text, where):
   """4.x writes it where it differs from a default; absent means untied."""
   found = {
-    bool(part["tie_word_embeddings"])
-    for part in (spec, text)
-    if part.get("tie_word_embeddings") is not None
+    json_file.field(part, "tie_word_embeddings", "true or false", prefix=prefix)
+    for part, prefix in ((spec, ""), (text, where))
   }
   _fail_unless(
-    len(found) < 2,
+    not {True, False} <= found,
     "tie_word_embeddings and text_config.tie_word_embeddings contradict each"
     " other: transformers 4.x reads the inner one, 5.x the outer; make them"
     " equal, true if the weights have no lm_head.weight",
   )
-  return found == {True}
+  return True in found
 
 
-def _token_id(spec, text, key):
-  found = spec.get(key) if spec.get(key) is not None else text.get(key)
+def _token_id(spec, text, where, key, vocab_size):
+  """An id, which stands beside the decoder's fields or outside of them."""
+  outside = spec.get(key) is not None
+  found = spec[key] if outside else text.get(key)
+  if found is None:
+    return None
+  listed = found if isinstance(found, list) else [found]
+  name = key if outside else where + key
+  _fail_unless(
+    listed and all(type(one) is int and one >= 0 for one in listed),
+    f"{name} must be an id (an integer of at least 0) or a list of ids, got"
+    f" {found!r:.60}",
+  )
+  # The others are never looked up: small models keep the large ones' ids.
+  _fail_unless(
+    key not in prompts.SPELLED_FIELDS or listed[0] < vocab_size,
+    f"{name} must be an id below vocab_size {vocab_size}, got {listed[0]}",
+  )
   # Several ends are generation's business; the first is the chat's own.
-  return found[0] if isinstance(found, list) else found
+  return listed[0]
 
 
 def _vision(vision):
@@ -271,15 +296,16 @@ def _vision(vision):
     act == "silu",
     f"vision_config.hidden_act {act!r} is not supported; supported is 'silu'",
   )
+  prefix = "vision_config."
   values = {
-    key: vision[key] if vision.get(key) is not None else default
-    for key, default in _VISION_DEFAULTS.items()
+    key: json_file.field(vision, key, kind, prefix=prefix, default=default)
+    for key, (default, kind) in _VISION_DEFAULTS.items()
   }
   for key, synonym in (
     ("in_channels", "in_chans"),
     ("patch_size", "spatial_patch_size"),
   ):
-    other = vision.get(synonym)
+    other = json_file.field(vision, synonym, _COUNT, prefix=prefix)
     if other is None:
       continue
     if vision.get(key) is None:

@@ -40,7 +40,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from cf_jax.data import patches, prompts, vision_input
+from cf_jax.data import json_file, patches, prompts, vision_input
 from cf_jax.models import hf_config, vlm
 from cf_jax.models.config import DTYPES, VLMConfig
 from cf_jax.runtime import sharding
@@ -945,7 +945,7 @@ def _texts(config, dtype, folder, settings) -> dict[str, bytes]:
         _, found[media] = there
     generated = pathlib.Path(settings) / "generation_config.json"
     if generated.is_file():
-      found["generation"] = json.loads(generated.read_text("utf-8"))
+      found["generation"] = json_file.read_object(generated)
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
   generation = {
     key: getattr(config, key) for key in ids if getattr(config, key) is not None

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from cf_jax.models import patterns
+
 LEAVES = ("lora_a", "lora_b", "lora_scale")
 # What an optimizer freezes so that adapters are all that is trained.
 ALL_BUT_ADAPTERS = r"^(?!.*/lora_[ab]$)"
@@ -66,7 +68,8 @@ def init(
     parameters; empty for rank 0.
 
   Raises:
-    ValueError: a negative rank, or a pattern that matches no linear layer.
+    ValueError: a negative rank, a broken pattern, or one that matches no
+      linear layer.
   """
   if rank < 0:
     raise ValueError(
@@ -75,10 +78,11 @@ def init(
   if rank == 0:
     return {}
   found = list(_modules(params))
+  wanted = patterns.compile_all(modules, "config.lora.modules")
   unused = [
-    pattern
-    for pattern in modules
-    if not any(re.search(pattern, path) for path, _, _ in found)
+    regex.pattern
+    for regex in wanted
+    if not any(regex.search(path) for path, _, _ in found)
   ]
   if unused or not modules:
     raise ValueError(
@@ -87,7 +91,7 @@ def init(
     )
   flat = {}
   for number, (path, parts, kernel) in enumerate(sorted(found)):
-    if not any(re.search(pattern, path) for pattern in modules):
+    if not any(regex.search(path) for regex in wanted):
       continue
     stacked, inputs = _axes(path, kernel)
     depth, shape = kernel.shape[:stacked], kernel.shape[stacked:]

@@ -131,9 +131,9 @@ def rope_index(
   Qwen's own fine-tuning code. From 4.52 on, 5.2.0 included, transformers cuts
   `second_per_grid_t` to whole seconds first (huggingface/transformers#48669),
   so that all slices of a video at more than 2 frames a second share one time;
-  whole seconds give the same positions in all of these versions. Versions
-  after 5.2 let text continue at p + max(height, width) after a video, whatever
-  its time span.
+  whole seconds give the same positions in all of these versions. Later versions
+  are reported to let text continue at p + max(height, width) / merge after a
+  video, whatever its time span.
 
   Args:
     config: the model; its token ids say where media are.

@@ -56,8 +56,8 @@ class Evaluator:
     parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
     smaller = min(batch_size, len(self._samples))
     self._batch_size = parts * -(-smaller // parts)
-    self._answer = experiment_lib.make_answer_step(
-      experiment, max_tokens=max_tokens
+    self._sample = experiment_lib.make_sample_steps(
+      experiment, num_completions=1, max_tokens=max_tokens, temperature=0.0
     )
     self._encode = experiment_lib.make_encode_step(experiment)
     self._prepared: list[tuple[Prepared, int]] = []
@@ -96,15 +96,16 @@ class Evaluator:
 
   def _answer_all(self, params, bar):
     found = {arm: ([], []) for arm in self._arms}
+    seed = self._experiment.put(np.zeros((self._batch_size, 2), np.uint32))
+    apart = self._sample.unstack(params)
     for prepared, real in self._prepared:
       pixel = self._experiment.make_views.patches(prepared.frames)
       encoded = self._encode(params, self._experiment.put(pixel))
       for arm in self._arms:
-        rollout = jax.device_get(
-          self._answer(
-            params, self._experiment.put(prepared.view[arm]), encoded
-          )
+        begun = self._sample.prefill(
+          params, self._experiment.put(prepared.view[arm]), encoded, seed
         )
+        rollout = jax.device_get(self._sample.decode(apart, begun).rollout)
         text = experiment_lib.decode_rollout(
           self._experiment.tokenizer, rollout.token, rollout.mask
         )

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -12,7 +13,8 @@ import math
 import pathlib
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +35,10 @@ from cf_jax.data import (
   video,
 )
 from cf_jax.models import config as model_config
+from cf_jax.models import vlm
 from cf_jax.programs import policies
 from cf_jax.runtime import optim, sharding, telemetry
-from cf_jax.types import Rollout, TrainState, View
+from cf_jax.types import TrainState, View
 
 SPLITS = ("train", "dev", "test")
 _PROBED_VIDEOS = 256  # for the width of time labels
@@ -55,6 +58,7 @@ class Experiment:
     make_views: batch -> Prepared.
     banned: bool[V] ids that are never sampled.
     data_hash: of every question, answer and video name.
+    peak: what the devices can multiply, below all utilisation.
   """
 
   config: ml_collections.ConfigDict
@@ -66,6 +70,7 @@ class Experiment:
   make_views: views.ViewMaker
   banned: np.ndarray
   data_hash: str
+  peak: telemetry.Peak
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -166,6 +171,7 @@ def build(
   tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
   model = policies.make_model(config, tokenizer)
   check_prompt(config, model)
+  check_batches(config, mesh)
   samples = load_samples(
     source=config.data.source,
     cache_dir=config.data.cache_dir,
@@ -216,6 +222,7 @@ def build(
     make_views=make_views,
     banned=tokenizer.banned_mask(model.vocab_size),
     data_hash=hash_samples(samples),
+    peak=telemetry.find_peak(model.dtype),
   )
 
 
@@ -229,6 +236,23 @@ def check_prompt(
       f"config.prompt.build.tokens_per_second is {said}, the model counts"
       f" {model.vision.tokens_per_second} positions a second; set them equal"
     )
+
+
+def check_batches(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> None:
+  """Raises a ValueError where a stage's batch cannot be divided as set."""
+  for stage, steps, rows in (
+    ("sft", config.sft.max_steps, "batch_size"),
+    ("rl", config.rl.steps, "prompts_per_step"),
+  ):
+    if steps:
+      sharding.check_batch(
+        config[stage][rows] * jax.process_count(),
+        mesh,
+        micro_batches=config[stage].micro_batches,
+        setting=f"config.{stage}.{rows}",
+      )
 
 
 def longest_prompt(experiment: Experiment) -> int:
@@ -290,13 +314,18 @@ def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
   return digest.hexdigest()[:16]
 
 
-def summary(
-  experiment: Experiment, writer: telemetry.MetricWriter
-) -> dict[str, str]:
-  """What a run is about to do, for the start-up table."""
+def summary(experiment: Experiment) -> dict[str, str]:
+  """What a run is about to do, for the start-up table.
+
+  Raises:
+    ValueError: a prompt that does not fit, or patterns of parameters that
+      match none: what would else show after the first stage.
+  """
   config = experiment.config
   abstract = policies.abstract_params(config, experiment.model, experiment.mesh)
-  trained, _ = optim.split(abstract, policies.frozen_patterns(config, "rl"))
+  for stage in policies.STAGES:
+    stage_optimizer(config, stage, abstract)
+    trained, _ = optim.split(abstract, policies.frozen_patterns(config, stage))
   count, num_trained = (
     sum(leaf.size for leaf in jax.tree.leaves(tree))
     for tree in (abstract, trained)
@@ -342,8 +371,9 @@ def summary(
     "memory": f"parameters {size / mib:.1f} MiB, Adam"
     f" {2 * trained_size / mib:.1f}, reference {trained_size / mib:.1f},"
     f" key/value cache {cache / mib:.1f}",
+    "peak": f"{experiment.peak.flops_per_s / 1e12:.3g} TFLOP/s"
+    f" ({experiment.peak.source})",
     "kept in": str(experiment.workdir),
-    "event files": writer.backend,
   }
 
 
@@ -398,6 +428,15 @@ class Stage(NamedTuple):
   optimizer: optax.GradientTransformation
 
 
+def stage_optimizer(
+  config: ml_collections.ConfigDict, stage: str, params: dict
+) -> optax.GradientTransformation:
+  """The optimizer of a stage; frozen parameters are taken out before it."""
+  settings = {**config[stage].optim}
+  del settings["frozen"]
+  return optim.make_optimizer(params, **settings)
+
+
 def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
   """A fresh TrainState of a stage.
 
@@ -407,9 +446,7 @@ def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
     params: all parameters, where the stage starts; the state takes over the
       buffers of those that it trains.
   """
-  settings = {**experiment.config[stage].optim}
-  del settings["frozen"]
-  optimizer = optim.make_optimizer(params, **settings)
+  optimizer = stage_optimizer(experiment.config, stage, params)
   trained, frozen = optim.split(
     params, policies.frozen_patterns(experiment.config, stage)
   )
@@ -441,27 +478,66 @@ def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
   )
 
 
-def make_answer_step(experiment: Experiment, *, max_tokens: int):
-  """Jitted greedy answers: params, View, encoded frames -> Rollout, G = 1."""
-  eos = experiment.tokenizer.eos_id
+class SampleSteps(NamedTuple):
+  """Sampling in jitted steps, so that the time of each can be told.
+
+  Attributes:
+    unstack: params -> params for `decode`. Its layers lie apart, a copy: a loop
+      over tokens that takes them out of the stack copies all of them for every
+      token. Once for each policy, not for each batch.
+    prefill: params, View, encoded frames, seeds -> Decoding with one token.
+    decode: params of `unstack`, Decoding (donated) -> Decoding at its end.
+  """
+
+  unstack: Callable
+  prefill: Callable
+  decode: Callable
+
+
+def make_sample_steps(
+  experiment: Experiment,
+  *,
+  num_completions: int,
+  max_tokens: int,
+  **settings,
+) -> SampleSteps:
+  """The steps from encoded frames to completions.
+
+  Args:
+    experiment: from `build`.
+    num_completions: G.
+    max_tokens: C.
+    **settings: how a token is drawn, see `sampling.generate`.
+  """
+  model, eos_id = experiment.model, experiment.tokenizer.eos_id
+  banned = jnp.asarray(experiment.banned)
 
   @jax.jit
-  def answer_step(params, view: View, encoded) -> Rollout:
-    count = encoded.shape[0]
-    return sampling.generate(
-      experiment.model,
+  def prefill_step(params, view: View, encoded, seed, settings):
+    return sampling.start(
+      model,
       params,
       view.prompt,
       policy.show(encoded, view.frame),
-      jnp.zeros((count, 2), jnp.uint32),
-      jnp.asarray(experiment.banned),
-      num_completions=1,
+      seed,
+      banned,
+      num_completions=num_completions,
       max_tokens=max_tokens,
-      eos_id=eos,
-      temperature=0.0,
+      eos_id=eos_id,
+      **settings,
     )
 
-  return answer_step
+  @functools.partial(jax.jit, donate_argnums=1)
+  def decode_step(params, decoding: sampling.Decoding, settings):
+    return sampling.advance(
+      model, params, decoding, max_tokens, banned, eos_id=eos_id, **settings
+    )
+
+  return SampleSteps(
+    unstack=jax.jit(vlm.unstacked),
+    prefill=lambda *args: prefill_step(*args, settings),
+    decode=lambda *args: decode_step(*args, settings),
+  )
 
 
 def make_encode_step(experiment: Experiment):
@@ -503,6 +579,9 @@ class Stream:
     batch_size: videos a batch, of this process.
     first: number of the first batch; it seeds the permutations.
     loader_state: to go on after, from an earlier batch; None starts anew.
+
+  Attributes:
+    prepare_s: seconds that it took to make the newest batch.
   """
 
   def __init__(
@@ -521,6 +600,7 @@ class Stream:
     self._experiment = experiment
     self._arms = tuple(arms)
     self._next = first
+    self.prepare_s = 0.0
     self._queue = queue.Queue(maxsize=1)
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._work, daemon=True)
@@ -530,16 +610,19 @@ class Stream:
     try:
       while not self._closed.is_set():
         known = self._loader.skipped_total
-        try:
-          batch = next(self._loader)
-        finally:
-          if self._loader.skipped_total > known:
-            list_skipped(self._experiment.workdir, self._loader.skipped)
-        prepared = self._experiment.make_views(
-          batch, self._arms, draw=self._next
-        )
+        begin = time.perf_counter()
+        with jax.profiler.TraceAnnotation("video"):
+          try:
+            batch = next(self._loader)
+          finally:
+            if self._loader.skipped_total > known:
+              list_skipped(self._experiment.workdir, self._loader.skipped)
+          prepared = self._experiment.make_views(
+            batch, self._arms, draw=self._next
+          )
         self._next += 1
-        self._offer((prepared, self._loader.get_state()))
+        spent_s = time.perf_counter() - begin
+        self._offer((prepared, self._loader.get_state(), spent_s))
     except Exception as error:  # handed to the loop, which raises it
       self._offer(error)
 
@@ -555,7 +638,8 @@ class Stream:
     item = self._queue.get()
     if isinstance(item, Exception):
       raise item
-    return item
+    prepared, loader_state, self.prepare_s = item
+    return prepared, loader_state
 
   def __enter__(self) -> "Stream":
     return self

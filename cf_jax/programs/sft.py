@@ -17,6 +17,7 @@ from absl import logging
 
 from cf_jax import masked, policy
 from cf_jax.data import answers, prompts, records
+from cf_jax.models import flops
 from cf_jax.programs import evaluate, policies
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
@@ -95,18 +96,30 @@ def target_rollout(
 
 
 def sft_loss(
-  params: Any, batch: Targets, *, model, grid, banned
+  params: Any,
+  batch: Targets,
+  *,
+  model,
+  grid,
+  banned,
+  whole: Targets | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Mean negative log-likelihood of the target tokens, in nats a token."""
+  """Mean negative log-likelihood of the target tokens, in nats a token.
+
+  Where `batch` is a part of the batch `whole`, the loss is that part's summand
+  of the mean, and so is every metric.
+  """
+  num_tokens = jnp.sum((whole or batch).target.mask)
   encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
   logprob, entropy = policy.completion_logprobs(
     model, params, batch.view, encoded, batch.target, banned
   )
-  loss = -masked.masked_mean(logprob, batch.target.mask)
-  return loss, {
-    "loss": loss,
-    "entropy": masked.masked_mean(entropy, batch.target.mask),
-  }
+
+  def mean(value):
+    return masked.masked_mean(value, batch.target.mask, total=num_tokens)
+
+  loss = -mean(logprob)
+  return loss, {"loss": loss, "entropy": mean(entropy)}
 
 
 def make_sft_step(
@@ -115,29 +128,44 @@ def make_sft_step(
   """The jitted update: state (donated), frozen, Targets -> state, metrics."""
   banned = jnp.asarray(experiment.banned)
 
-  def loss(params, batch):
+  def loss(params, batch, whole):
     return sft_loss(
       params,
       batch,
       model=experiment.model,
       grid=experiment.grid,
       banned=banned,
+      whole=whole,
     )
 
-  return make_update(experiment, stage, loss)
+  return make_update(
+    experiment,
+    stage,
+    loss,
+    micro_batches=experiment.config.sft.micro_batches,
+  )
 
 
 def make_update(
   experiment: experiment_lib.Experiment,
   stage: experiment_lib.Stage,
-  loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+  loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+  *,
+  micro_batches: int,
+  largest: tuple[str, ...] = (),
 ):
   """Jits one optimizer update of a stage.
+
+  A batch may go through the model in parts, one after the other: the loss, its
+  gradient and the metrics are those of the whole, for a part's memory.
 
   Args:
     experiment: from `experiment.build`.
     stage: says what is trained; the loss is differentiated by that alone.
-    loss: all parameters, batch -> loss, metrics.
+    loss: all parameters, part, whole batch -> loss, metrics; both add up over
+      the parts.
+    micro_batches: how many equal parts; 1 leaves the batch whole.
+    largest: metrics that do not add up: the largest of the parts' counts.
 
   Returns:
     A function of TrainState (donated), frozen parameters and a batch that
@@ -145,13 +173,26 @@ def make_update(
   """
 
   def update_step(state: TrainState, frozen: dict, batch: Any):
-    def of_trained(trained):
-      return loss(optim.join(frozen, trained), batch)
+    def of_trained(trained, part):
+      with jax.named_scope("loss"):
+        return loss(optim.join(frozen, trained), part, batch)
 
-    (_, metrics), grad = jax.value_and_grad(of_trained, has_aux=True)(
-      state.params
-    )
-    return apply_gradient(state, grad, metrics, stage.optimizer)
+    differentiate = jax.value_and_grad(of_trained, has_aux=True)
+    if micro_batches == 1:
+      (_, metrics), grad = differentiate(state.params, batch)
+    else:
+      zeros = jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
+        stage.state_shardings.params,
+      )
+      grad, metrics = accumulate(
+        lambda part: differentiate(state.params, part),
+        zeros,
+        sharding.split_batch(batch, experiment.mesh, micro_batches),
+        largest=largest,
+      )
+    with jax.named_scope("update"):
+      return apply_gradient(state, grad, metrics, stage.optimizer)
 
   return jax.jit(
     update_step,
@@ -166,6 +207,67 @@ def make_update(
       sharding.replicated(experiment.mesh),
     ),
   )
+
+
+def count_update(
+  timer: telemetry.PhaseTimer,
+  experiment: experiment_lib.Experiment,
+  stage: experiment_lib.Stage,
+  view: View,
+  mask: np.ndarray,
+) -> None:
+  """Tells the timer the tokens and the operations of one update.
+
+  Args:
+    timer: of the loop.
+    experiment: from `experiment.build`.
+    stage: says what is trained.
+    view: what was shown, as numpy arrays.
+    mask: bool[B, G, C] the completions.
+  """
+  prompt, completion = view.prompt.mask.sum(axis=1), mask.sum(axis=2)
+  model = experiment.model
+  timer.count("update", int(prompt.sum() + completion.sum()))
+  timer.flops(
+    "update",
+    flops.update(
+      stage.state.params,
+      stage.frozen,
+      vision=flops.vision(model, view.frame.size, experiment.grid),
+      decoder=flops.prompts(model, prompt)
+      + flops.completions(model, prompt, completion),
+    ),
+  )
+
+
+def accumulate(
+  differentiate: Callable[[Any], tuple[tuple[jax.Array, dict], Any]],
+  zeros: Any,
+  parts: Any,
+  *,
+  largest: tuple[str, ...],
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Gradient and metrics of a batch, from one part after the other.
+
+  Args:
+    differentiate: part -> (loss, metrics), gradient.
+    zeros: float32 tree of the gradient's shapes: bfloat16 would lose what a
+      late part adds to a large sum.
+    parts: pytree of [parts, rows, ...].
+    largest: names of the metrics of which the largest counts; the others and
+      the gradients add up.
+  """
+
+  def add(total, part):
+    (_, metrics), grad = differentiate(part)
+    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad)
+    return total, metrics
+
+  grad, metrics = jax.lax.scan(add, zeros, parts)
+  return grad, {
+    name: (jnp.max if name in largest else jnp.sum)(value, axis=0)
+    for name, value in metrics.items()
+  }
 
 
 def apply_gradient(
@@ -238,7 +340,7 @@ def cold_start(
     answer_form=config.answer_form,
   )
   sft_step = make_sft_step(experiment, stage)
-  timer = telemetry.PhaseTimer()
+  timer = telemetry.PhaseTimer(experiment.peak)
 
   with (
     experiment_lib.Stream(
@@ -256,6 +358,7 @@ def cold_start(
     for step in range(first + 1, config.max_steps + 1):
       with timer("data"):
         prepared, loader_state = next(stream)
+        timer.add("video", stream.prepare_s)
         view = prepared.view["keyframes"]
         targets = Targets(
           view=view,
@@ -272,6 +375,7 @@ def cold_start(
       with timer("update"):
         state, metrics = sft_step(state, frozen, experiment.put(targets))
         metrics = jax.device_get(metrics)
+      count_update(timer, experiment, stage, view, targets.target.mask)
       if metrics["nonfinite"]:
         raise FloatingPointError(
           f"cold start: non-finite gradient at update {step}; lower"

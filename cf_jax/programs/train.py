@@ -7,6 +7,7 @@ Axes: `B` videos, `G` completions per video, `V` views, `C` completion slots.
 """
 
 import json
+import math
 import pathlib
 import re
 import time
@@ -21,12 +22,15 @@ from absl import logging
 
 from cf_jax import grpo, masked, policy, report, rewards, sampling, views
 from cf_jax.data import answers, prompts
+from cf_jax.models import flops
 from cf_jax.programs import evaluate, policies, sft
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, optim, telemetry
 from cf_jax.types import Experience, Verdict, View
 
 RL_ARMS = ("keyframes", "shuffled", "uniform")
+# Metrics of an update that are no means: the largest of its parts counts.
+LARGEST = ("ratio_max", "mismatch")
 
 # Name, goal in points, and the two (stage, view, task) whose accuracies differ.
 GAPS = (
@@ -54,78 +58,54 @@ GAPS = (
 # ---------------------------------------------------------------- jitted steps
 
 
-def make_rollout_step(experiment: experiment_lib.Experiment):
-  """params, View, pixel, seed, settings -> Rollout, encoded frames."""
-  settings = dict(experiment.config.sampling)
-  static = {
-    "num_completions": settings.pop("num_completions"),
-    "max_tokens": settings.pop("max_tokens"),
-    "eos_id": experiment.tokenizer.eos_id,
-  }
-  banned = jnp.asarray(experiment.banned)
-
-  @jax.jit
-  def rollout_step(params, view: View, pixel, seed, settings):
-    encoded = policy.encode_frames(
-      experiment.model, params, pixel, grid=experiment.grid
-    )
-    rollout = sampling.generate(
-      experiment.model,
-      params,
-      view.prompt,
-      policy.show(encoded, view.frame),
-      seed,
-      banned,
-      **static,
-      **settings,
-    )
-    return rollout, encoded
-
-  return lambda *args: rollout_step(*args, settings)
-
-
 def make_score_step(experiment: experiment_lib.Experiment):
-  """Teacher-forced scores of the same completions, everything in one program.
+  """Teacher-forced scores of the same completions under other views.
 
-  Gives log-probabilities under the shuffled views [B, M, G, C], the uniform
-  view [B, 1, G, C] and, from the reference policy, the keyframes [B, G, C].
+  params, views, encoded frames, Rollout -> log-probabilities under the shuffled
+  views [B, M, G, C] and under the uniform view [B, 1, G, C].
   """
-  model, grid = experiment.model, experiment.grid
   banned = jnp.asarray(experiment.banned)
-  # A frozen vision tower encodes for the reference what it does for the policy.
-  trained, _ = optim.split(
-    policies.abstract_params(experiment.config, model, experiment.mesh),
-    policies.frozen_patterns(experiment.config, "rl"),
-  )
-  vision_frozen = "vision" not in trained
 
   @jax.jit
-  def score_step(
-    params, ref_params, view: dict[str, View], pixel, encoded, rollout
-  ):
-    def logprobs(weights, arm, frames):
+  def score_step(params, view: dict[str, View], encoded, rollout):
+    def logprobs(arm):
       return policy.completion_logprobs(
-        model, weights, view[arm], frames, rollout, banned
+        experiment.model, params, view[arm], encoded, rollout, banned
       )[0]
 
     with jax.named_scope("score"):
       shuffled = jnp.stack(
-        [
-          logprobs(params, arm, encoded)
-          for arm in sorted(view)
-          if arm.startswith("shuffled")
-        ],
+        [logprobs(arm) for arm in sorted(view) if arm.startswith("shuffled")],
         axis=1,
       )
-      uniform = logprobs(params, "uniform", encoded)[:, None]
-    with jax.named_scope("reference"):
-      ref_encoded = encoded
-      if not vision_frozen:
-        ref_encoded = policy.encode_frames(model, ref_params, pixel, grid=grid)
-      reference = logprobs(ref_params, "keyframes", ref_encoded)
-    return shuffled, uniform, reference
+      return shuffled, logprobs("uniform")[:, None]
 
   return score_step
+
+
+def make_reference_step(
+  experiment: experiment_lib.Experiment, stage: experiment_lib.Stage
+):
+  """The reference policy's scores under the keyframes.
+
+  params, View, pixel, encoded frames, Rollout -> log-probabilities [B, G, C].
+  """
+  model, grid = experiment.model, experiment.grid
+  banned = jnp.asarray(experiment.banned)
+  # A frozen vision tower encodes for the reference what it does for the policy.
+  vision_frozen = "vision" not in stage.state.params
+
+  @jax.jit
+  def reference_step(params, view: View, pixel, encoded, rollout):
+    with jax.named_scope("reference"):
+      if not vision_frozen:
+        pixel = pixel[:, : view.frame.shape[1]]
+        encoded = policy.encode_frames(model, params, pixel, grid=grid)
+      return policy.completion_logprobs(
+        model, params, view, encoded, rollout, banned
+      )[0]
+
+  return reference_step
 
 
 def make_reward_step(experiment: experiment_lib.Experiment):
@@ -187,9 +167,22 @@ def make_reward_step(experiment: experiment_lib.Experiment):
 
 
 def grpo_loss(
-  params: Any, batch: Experience, *, model, grid, banned, loss: dict
+  params: Any,
+  batch: Experience,
+  *,
+  model,
+  grid,
+  banned,
+  loss: dict,
+  whole: Experience | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Clipped policy loss plus k3 KL to the reference (docs/method.md)."""
+  """Clipped policy loss plus k3 KL to the reference (docs/method.md).
+
+  Where `batch` is a part of the batch `whole`, the loss is that part's summand,
+  and so is every metric that is not in `LARGEST`.
+  """
+  whole = whole or batch
+  counted = whole.rollout.mask & whole.group_mask[:, None, None]
   num_slots = batch.view.frame.shape[1]
   encoded = policy.encode_frames(
     model, params, batch.pixel[:, :num_slots], grid=grid
@@ -204,11 +197,15 @@ def grpo_loss(
     batch.advantage,
     batch.rollout.mask,
     batch.group_mask,
+    total=grpo.denominator(counted, aggregate=loss["aggregate"]),
+    num_tokens=jnp.sum(counted),
     **loss,
   )
   metrics = metrics | {
     "loss": value,
-    "entropy": masked.masked_mean(entropy, batch.rollout.mask),
+    "entropy": masked.masked_mean(
+      entropy, batch.rollout.mask, total=jnp.sum(whole.rollout.mask)
+    ),
     "mismatch": jnp.max(
       jnp.where(batch.rollout.mask, jnp.abs(logprob - batch.rollout.logprob), 0)
     ),
@@ -223,7 +220,7 @@ def make_update_step(
   banned = jnp.asarray(experiment.banned)
   settings = dict(experiment.config.loss)
 
-  def loss(params, batch):
+  def loss(params, batch, whole):
     return grpo_loss(
       params,
       batch,
@@ -231,9 +228,16 @@ def make_update_step(
       grid=experiment.grid,
       banned=banned,
       loss=settings,
+      whole=whole,
     )
 
-  return sft.make_update(experiment, stage, loss)
+  return sft.make_update(
+    experiment,
+    stage,
+    loss,
+    micro_batches=experiment.config.rl.micro_batches,
+    largest=LARGEST,
+  )
 
 
 # ------------------------------------------------------------- reinforcement
@@ -277,8 +281,12 @@ def reinforce(
   if first >= config.steps:
     return params
 
-  rollout_step = make_rollout_step(experiment)
+  encode_step = experiment_lib.make_encode_step(experiment)
+  sample = experiment_lib.make_sample_steps(
+    experiment, **experiment.config.sampling
+  )
   score_step = make_score_step(experiment)
+  reference_step = make_reference_step(experiment, stage)
   reward_step = make_reward_step(experiment)
   update_step = make_update_step(experiment, stage)
   sample_rng = jax.random.fold_in(
@@ -287,7 +295,7 @@ def reinforce(
   cite_tolerance_s = prompts.label_tolerance_s(
     experiment.config.prompt.build.time_format
   )
-  timer = telemetry.PhaseTimer()
+  timer = telemetry.PhaseTimer(experiment.peak)
 
   with (
     experiment_lib.Stream(
@@ -299,13 +307,19 @@ def reinforce(
       loader_state=loader_state,
     ) as stream,
     telemetry.CompileCounter() as compiles,
+    telemetry.Tracer(
+      telemetry.parse_updates(experiment.config.profile, config.steps),
+      experiment.workdir / "profile",
+    ) as tracer,
     telemetry.progress(
       "KF-GRPO", config.steps, start=first, unit="update"
     ) as bar,
   ):
     for step in range(first + 1, config.steps + 1):
+      tracer.step(step)
       with timer("data"):
         prepared, loader_state = next(stream)
+        timer.add("video", stream.prepare_s)
         pixel = experiment.put(experiment.make_views.patches(prepared.frames))
         view = experiment.put(prepared.view)
         seed = experiment.put(
@@ -316,15 +330,29 @@ def reinforce(
           )
         )
 
-      with timer("rollout"):
-        rollout, encoded = jax.block_until_ready(
-          rollout_step(params, view["keyframes"], pixel, seed)
+      with timer("vision"):
+        encoded = jax.block_until_ready(encode_step(params, pixel))
+
+      with timer("prefill"):
+        decoding = jax.block_until_ready(
+          sample.prefill(params, view["keyframes"], encoded, seed)
         )
-        timer.count("rollout", int(jnp.sum(rollout.mask)))
+
+      with timer("decode"):
+        decoding = sample.decode(sample.unstack(params), decoding)
+        rollout = jax.block_until_ready(decoding.rollout)
+        del decoding  # its caches are large
 
       with timer("score"):
-        shuffled, uniform, reference = jax.block_until_ready(
-          score_step(params, start_params, view, pixel, encoded, rollout)
+        shuffled, uniform = jax.block_until_ready(
+          score_step(params, view, encoded, rollout)
+        )
+
+      with timer("reference"):
+        reference = jax.block_until_ready(
+          reference_step(
+            start_params, view["keyframes"], pixel, encoded, rollout
+          )
         )
 
       with timer("judge"):
@@ -368,6 +396,7 @@ def reinforce(
         )
         params = optim.join(frozen, state.params)
         metrics = jax.device_get(metrics | update_metrics)
+      count_work(timer, experiment, stage, prepared, mask)
       if metrics["nonfinite"]:
         raise FloatingPointError(
           f"KF-GRPO: non-finite gradient at update {step}; lower"
@@ -411,6 +440,49 @@ def reinforce(
         store.save(step, state, {"loader": loader_state, "frozen": fingerprint})
   store.wait()
   return params
+
+
+def count_work(
+  timer: telemetry.PhaseTimer,
+  experiment: experiment_lib.Experiment,
+  stage: experiment_lib.Stage,
+  prepared: views.Prepared,
+  mask: np.ndarray,
+) -> None:
+  """Tells the timer the tokens and the operations of each phase of an update.
+
+  Args:
+    timer: of the loop.
+    experiment: from `experiment.build`.
+    stage: says what is trained.
+    prepared: the batch.
+    mask: bool[B, G, C] the rollouts.
+  """
+  model, view = experiment.model, prepared.view
+  completion = mask.sum(axis=2)
+  prompt = {arm: view[arm].prompt.mask.sum(axis=1) for arm in view}
+  read = {arm: flops.prompts(model, prompt[arm]) for arm in view}
+  told = {
+    arm: flops.completions(model, prompt[arm], completion) for arm in view
+  }
+  batch, num_frames = prepared.frames.shape[:2]
+  num_visual = math.prod(experiment.make_views.merged_grid)
+  timer.count("vision", batch * num_frames * num_visual)
+  timer.flops(
+    "vision", flops.vision(model, batch * num_frames, experiment.grid)
+  )
+  timer.count("prefill", int(prompt["keyframes"].sum()))
+  timer.flops("prefill", read["keyframes"])
+  timer.count("decode", int(completion.sum()))
+  timer.flops("decode", told["keyframes"])
+  timer.flops(
+    "score", sum(read[arm] + told[arm] for arm in view if arm != "keyframes")
+  )
+  shown = 0.0  # a frozen tower's tokens are shared
+  if "vision" in stage.state.params:
+    shown = flops.vision(model, view["keyframes"].frame.size, experiment.grid)
+  timer.flops("reference", shown + read["keyframes"] + told["keyframes"])
+  sft.count_update(timer, experiment, stage, view["keyframes"], mask)
 
 
 def task_accuracy(
@@ -466,7 +538,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   begin = time.monotonic()
   workdir.mkdir(parents=True, exist_ok=True)
   results_path = workdir / "results.json"
+  policies.make_paths_absolute(config)
   check_same_config(config, workdir)
+  telemetry.parse_updates(config.profile, config.rl.steps)  # or fail at once
   if (workdir / "report.html").exists() and results_path.exists():
     logging.info(
       "this run is complete; its report is %s", workdir / "report.html"
@@ -476,11 +550,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   # -- data, tokenizer, policy
   experiment = experiment_lib.build(config, workdir)
   check_same_data(experiment.data_hash, workdir)
+  # Before the workdir belongs to this config: it finds mistakes.
+  about = experiment_lib.summary(experiment)
   telemetry.write_manifest(
     workdir,
     config=config,
     seed=config.seed,
     data_hash=experiment.data_hash,
+    peak=experiment.peak,
   )
   stores = {
     stage: checkpoint.Checkpoints(
@@ -498,9 +575,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   writer = telemetry.MetricWriter(
     workdir, resume=resume, active=jax.process_index() == 0
   )
-  telemetry.startup_table(
-    config.name, experiment_lib.summary(experiment, writer)
-  )
+  telemetry.startup_table(config.name, about | {"event files": writer.backend})
 
   # A set with shortcuts, or with too few videos to tell, shows before training.
   probes = evaluate.probes(experiment, config.report.probe_videos)
@@ -601,7 +676,7 @@ def goals(rows: Sequence[dict], chance: dict[str, float]) -> list[dict]:
 def check_same_config(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> None:
-  """A workdir belongs to one config.
+  """A workdir belongs to one config; what is traced may change.
 
   Raises:
     ValueError: it holds a run of another one; names the first differences.
@@ -613,6 +688,7 @@ def check_same_config(
   differ = [
     f"{key} (there {json.dumps(old)}, now {json.dumps(new)})"
     for key, old, new in _differences(there, here)
+    if key != "profile"
   ]
   if differ:
     raise ValueError(

@@ -6,7 +6,6 @@ place in a checkpoint, and `join` puts the whole tree together for the model.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,29 +14,39 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from cf_jax.models import patterns
 from cf_jax.runtime import sharding
 
+_FROZEN = "config.*.optim.frozen"
+_NO_DECAY = "config.*.optim.no_decay"
 
-def matches(params: Any, patterns: tuple[str, ...]) -> Any:
-  """A bool tree: does the parameter's path match any of the patterns?
+
+def matches(params: Any, regexes: Sequence[str], setting: str) -> Any:
+  """A bool tree: does any of the regexes match the parameter's path?
+
+  Args:
+    params: a tree, read for its paths only.
+    regexes: searched for in the paths.
+    setting: where they are from, for the errors.
 
   Raises:
-    ValueError: a pattern matches no parameter (a misspelt freeze would train
-      what it was meant to keep).
+    ValueError: a broken regex, or one that matches no parameter (a misspelt
+      freeze would train what it was meant to keep).
   """
+  compiled = patterns.compile_all(regexes, setting)
   used = set()
 
   def match(key_path, _):
-    hits = [p for p in patterns if re.search(p, sharding.path_of(key_path))]
+    path = sharding.path_of(key_path)
+    hits = [regex.pattern for regex in compiled if regex.search(path)]
     used.update(hits)
     return bool(hits)
 
   tree = jax.tree_util.tree_map_with_path(match, params)
-  unused = sorted(set(patterns) - used)
+  unused = sorted(set(regexes) - used)
   if unused:
     raise ValueError(
-      f"optim patterns {unused} match no parameter path; change"
-      " config.*.optim.frozen or config.*.optim.no_decay"
+      f"patterns {unused} match no parameter path; change {setting}"
     )
   return tree
 
@@ -53,15 +62,15 @@ def split(params: dict, frozen: Sequence[str]) -> tuple[dict, dict]:
     Two trees with the paths of `params`, each without the other's leaves.
 
   Raises:
-    ValueError: a pattern that matches nothing, or all parameters frozen.
+    ValueError: a pattern that is broken or matches nothing, or all parameters
+      frozen.
   """
-  hit = traverse_util.flatten_dict(matches(params, tuple(frozen)))
+  hit = traverse_util.flatten_dict(matches(params, frozen, _FROZEN))
   flat = traverse_util.flatten_dict(params)
   trained = {path: leaf for path, leaf in flat.items() if not hit[path]}
   if not trained:
     raise ValueError(
-      f"frozen patterns {tuple(frozen)} match every parameter; change"
-      " config.*.optim.frozen"
+      f"frozen patterns {tuple(frozen)} match every parameter; change {_FROZEN}"
     )
   rest = {path: leaf for path, leaf in flat.items() if hit[path]}
   return (
@@ -163,14 +172,17 @@ def make_optimizer(
     no_decay: regexes on the parameter path of norms and biases.
 
   Raises:
-    ValueError: a pattern that matches nothing, or an unknown schedule.
+    ValueError: a pattern that is broken or matches nothing, or an unknown
+      schedule.
   """
-  matches(params, tuple(no_decay))  # raises on a pattern without a parameter
+  # Of the whole model: a pattern may match frozen parameters alone.
+  matches(params, no_decay, _NO_DECAY)
+  spared = patterns.compile_all(no_decay, _NO_DECAY)
 
   def decayed(tree):
     return jax.tree_util.tree_map_with_path(
       lambda key_path, _: (
-        not any(re.search(p, sharding.path_of(key_path)) for p in no_decay)
+        not any(regex.search(sharding.path_of(key_path)) for regex in spared)
       ),
       tree,
     )

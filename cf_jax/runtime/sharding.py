@@ -112,6 +112,48 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def check_batch(
+  rows: int, mesh: Mesh, *, micro_batches: int, setting: str
+) -> None:
+  """Raises a ValueError where a batch does not divide into equal parts.
+
+  Args:
+    rows: of the batch, those of all processes together.
+    mesh: its batch axes take equal shares of every part.
+    micro_batches: parts.
+    setting: names the batch size in the message.
+  """
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  if micro_batches < 1 or rows % (devices * micro_batches):
+    stage = setting.rpartition(".")[0]
+    raise ValueError(
+      f"a batch of {rows} does not divide into {micro_batches} micro-batches"
+      f" over data x fsdp = {devices} devices; change {setting},"
+      f" {stage}.micro_batches or config.mesh"
+    )
+
+
+def split_batch(tree: Any, mesh: Mesh, parts: int) -> Any:
+  """[rows, ...] -> [parts, rows / parts, ...], within a jitted function.
+
+  Every device's rows are divided, not the devices: a part lies on all of them,
+  and nothing is moved.
+  """
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  target = NamedSharding(mesh, P(None, *BATCH))
+
+  def split(leaf):
+    rows = leaf.shape[0]
+    assert rows % (devices * parts) == 0, "see check_batch"
+    leaf = leaf.reshape(
+      devices, parts, rows // (devices * parts), *leaf.shape[1:]
+    )
+    leaf = leaf.swapaxes(0, 1).reshape(parts, rows // parts, *leaf.shape[3:])
+    return jax.lax.with_sharding_constraint(leaf, target)
+
+  return jax.tree.map(split, tree)
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
   """This process's rows of a batch, as global arrays split over the batch.
 

@@ -20,13 +20,15 @@ import math
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import rich.box
 import rich.console
 import rich.markup
@@ -349,19 +351,89 @@ def _open_events(folder: pathlib.Path) -> _CluEvents | _LightEvents:
 # --------------------------------------------------------------------- times
 
 
+class Peak(NamedTuple):
+  """What the devices can multiply at best.
+
+  Attributes:
+    flops_per_s: floating point operations a second, all devices together.
+    source: where the number is from, in words.
+  """
+
+  flops_per_s: float
+  source: str
+
+
+# Dense matmuls of one device in bfloat16 and, as jax multiplies float32 unless
+# told otherwise, in float32 (TPU: bfloat16 passes; GPU: TF32); from the makers'
+# data sheets. A device is one whose kind starts with the name; the first wins.
+_PEAK_FLOPS_PER_S = (
+  ("TPU v4", 275e12, 275e12),
+  ("TPU v5 lite", 197e12, 197e12),
+  ("TPU v5e", 197e12, 197e12),
+  ("TPU v5", 459e12, 459e12),  # v5p
+  ("TPU v6 lite", 918e12, 918e12),
+  ("TPU v6e", 918e12, 918e12),
+  ("NVIDIA A100", 312e12, 156e12),
+  ("NVIDIA H100 PCIe", 756e12, 378e12),
+  ("NVIDIA H100 NVL", 835e12, 417e12),
+  ("NVIDIA H100", 989e12, 494e12),
+  ("NVIDIA H200", 989e12, 494e12),
+  ("NVIDIA GH200", 989e12, 494e12),
+  ("NVIDIA B200", 2250e12, 1125e12),
+  ("NVIDIA L40S", 362e12, 183e12),
+  ("NVIDIA L4", 121e12, 60e12),
+)
+
+
+def find_peak(dtype: str) -> Peak:
+  """The devices' peak: from a table, or measured with one large matmul.
+
+  Args:
+    dtype: what the model's matmuls run in, "float32" or "bfloat16".
+  """
+  devices = jax.devices()
+  kind = devices[0].device_kind
+  for name, bfloat16, float32 in _PEAK_FLOPS_PER_S:
+    if kind.startswith(name):
+      each = bfloat16 if dtype == "bfloat16" else float32
+      return Peak(
+        each * len(devices), f"{len(devices)} x {kind}, {dtype}, data sheet"
+      )
+  size = 1024 if devices[0].platform == "cpu" else 8192
+  square = jnp.ones((size, size), dtype)
+  multiply = jax.jit(jnp.matmul)
+  jax.block_until_ready(multiply(square, square))
+  taken_s = []
+  for _ in range(20):  # the best of many: others may use the machine
+    begin = time.perf_counter()
+    jax.block_until_ready(multiply(square, square))
+    taken_s.append(time.perf_counter() - begin)
+  # CPU devices are shares of one machine, all of which the matmul uses.
+  count = 1 if devices[0].platform == "cpu" else len(devices)
+  return Peak(
+    2.0 * size**3 / min(taken_s) * count,
+    f"{count} x {kind}, {dtype}, measured with a matmul of {size} x {size}",
+  )
+
+
 class PhaseTimer:
-  """Seconds per step spent in named phases, and the tokens they handled.
+  """Seconds per step spent in named phases, and the work they did.
 
   JAX returns before a computation is done: end a phase with
   `jax.block_until_ready` or its time shows up in the next one.
+
+  Args:
+    peak: what utilisation is measured against, for `flops`.
   """
 
-  def __init__(self):
+  def __init__(self, peak: Peak | None = None):
+    self._peak = peak
     self._reset()
 
   def _reset(self) -> None:
     self._seconds = collections.defaultdict(float)
     self._count = collections.defaultdict(float)
+    self._flops = collections.defaultdict(float)
     self._steps = 0
     self._begin = time.perf_counter()
 
@@ -374,6 +446,14 @@ class PhaseTimer:
         yield
     finally:
       self._seconds[name] += time.perf_counter() - begin
+
+  def add(self, name: str, seconds: float) -> None:
+    """Adds seconds of work that went on beside the other phases."""
+    self._seconds[name] += seconds
+
+  def flops(self, name: str, amount: float) -> None:
+    """Adds matmul operations to phase `name`, for its utilisation."""
+    self._flops[name] += amount
 
   def count(self, name: str, amount: float) -> None:
     """Adds tokens (or frames) to phase `name`, for its rate."""
@@ -388,17 +468,27 @@ class PhaseTimer:
 
     Returns:
       `time/<phase>_s` seconds per step, `time/step_s` the whole step with
-      what no phase covers, `rate/<phase>_per_s` where something was counted.
+      what no phase covers, `rate/<phase>_per_s` where something was counted,
+      `mfu/<phase>` the share of the peak where operations were counted, and
+      `mfu/step` that of all of them in the whole step.
     """
     steps = max(self._steps, 1)
     metrics = {
       f"time/{name}_s": seconds / steps
       for name, seconds in self._seconds.items()
     }
-    metrics["time/step_s"] = (time.perf_counter() - self._begin) / steps
+    whole_s = time.perf_counter() - self._begin
+    metrics["time/step_s"] = whole_s / steps
     for name, amount in self._count.items():
       if self._seconds[name] > 0:
         metrics[f"rate/{name}_per_s"] = amount / self._seconds[name]
+    for name, amount in self._flops.items():
+      best_s = amount / self._peak.flops_per_s
+      if self._seconds[name] > 0:
+        metrics[f"mfu/{name}"] = best_s / self._seconds[name]
+    if self._flops:
+      best_s = sum(self._flops.values()) / self._peak.flops_per_s
+      metrics["mfu/step"] = best_s / whole_s
     self._reset()
     return metrics
 
@@ -441,6 +531,80 @@ class CompileCounter:
 
   def __exit__(self, *_) -> None:
     jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+class Tracer:
+  """Writes a profiler trace of some updates, for Perfetto and XProf.
+
+  Used as a context, with one call of `step` where an update begins.
+
+  Args:
+    updates: (first, last), both traced; None traces nothing.
+    folder: gets plugins/profile/<time>/ with *.xplane.pb (XProf) and
+      perfetto_trace.json.gz (ui.perfetto.dev).
+  """
+
+  def __init__(
+    self, updates: tuple[int, int] | None, folder: str | os.PathLike
+  ):
+    self._updates = updates
+    self._folder = pathlib.Path(folder)
+    self._running = False
+    self._annotation = contextlib.ExitStack()
+
+  def step(self, number: int) -> None:
+    """Says that update `number` begins; it starts and ends the trace."""
+    if self._updates is None:
+      return
+    first, last = self._updates
+    self._annotation.close()
+    if self._running and number > last:
+      self._stop()
+    elif not self._running and first <= number <= last:
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # phases are named; calls would bury them
+      jax.profiler.start_trace(
+        self._folder, create_perfetto_trace=True, profiler_options=options
+      )
+      self._running = True
+    if self._running:
+      self._annotation.enter_context(
+        jax.profiler.StepTraceAnnotation("update", step_num=number)
+      )
+
+  def _stop(self) -> None:
+    jax.profiler.stop_trace()
+    self._running = False
+    logging.info("trace of updates %d to %d: %s", *self._updates, self._folder)
+
+  def __enter__(self) -> "Tracer":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._annotation.close()
+    if self._running:
+      self._stop()
+
+
+def parse_updates(profile: str, num_updates: int) -> tuple[int, int] | None:
+  """Reads `config.profile`: "10:12" is (10, 12), "" is None.
+
+  Args:
+    profile: first and last update of a trace.
+    num_updates: of the stage.
+
+  Raises:
+    ValueError: neither, or not updates of the stage.
+  """
+  if not profile:
+    return None
+  match = re.fullmatch(r"(\d+):(\d+)", profile)
+  if not match or not 1 <= int(match[1]) <= int(match[2]) <= num_updates:
+    raise ValueError(
+      f"profile must be 'FIRST:LAST', updates of 1 to {num_updates}, got"
+      f" {profile!r}; change config.profile"
+    )
+  return int(match[1]), int(match[2])
 
 
 # ------------------------------------------------------------------ terminal
@@ -657,6 +821,7 @@ def write_manifest(
   seed: int,
   data_hash: str,
   argv: Sequence[str] | None = None,
+  peak: Peak | None = None,
 ) -> dict:
   """Writes manifest.json; a restart adds to its `starts`.
 
@@ -666,10 +831,11 @@ def write_manifest(
     seed: of the run.
     data_hash: of the data settings, as the data set's cache names it.
     argv: command line; `sys.argv` by default.
+    peak: what the run's utilisation is measured against.
 
   Returns:
     The manifest. `starts` has one entry per start: time, argv, versions, git
-    revision, devices.
+    revision, devices and their peak.
   """
   path = pathlib.Path(workdir) / MANIFEST_FILE
   earlier = read_manifest(workdir)["starts"] if path.exists() else []
@@ -679,6 +845,7 @@ def write_manifest(
     "versions": versions(),
     "git": git_revision(),
     "devices": [str(device.device_kind) for device in jax.devices()],
+    "peak": peak and peak._asdict(),
   }
   if hasattr(config, "to_dict"):
     config = config.to_dict()

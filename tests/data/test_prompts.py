@@ -1,6 +1,8 @@
 """Tokenizer, chat template, prompt layout and M-RoPE positions."""
 
+import json
 import pathlib
+import re
 import shutil
 import unicodedata
 
@@ -152,11 +154,65 @@ def test_training_gives_the_shipped_files(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(ValueError, match=r"config\.tokenizer"):
+  says = (
+    f"no tokenizer.json in {str(tmp_path)!r}; expected a folder that has one"
+    " (config.tokenizer, config.init_from or config.checkpoint)"
+  )
+  with pytest.raises(ValueError, match=re.escape(says)):
     prompts.load_tokenizer(tmp_path)
   shutil.copy(prompts.TINY_TOKENIZER / "tokenizer.json", tmp_path)
   with pytest.raises(ValueError, match="no chat template"):
     prompts.load_tokenizer(tmp_path)
+
+
+def tiny_copy(folder):
+  """The tiny tokenizer in a folder of its own."""
+  shutil.copytree(prompts.TINY_TOKENIZER, folder, dirs_exist_ok=True)
+
+
+def tiny_spec(**fields):
+  path = prompts.TINY_TOKENIZER / "tokenizer.json"
+  return json.dumps(json.loads(path.read_text("utf-8")) | fields)
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "says"),
+  [
+    ("tokenizer.json", "{", "tokenizer.json is not JSON .*line 1"),
+    ("tokenizer.json", "[1]", r"tokenizer.json must hold an object, got \[1\]"),
+    ("tokenizer.json", "{}", r"lacks <\|endoftext\|>.*config\.init_from"),
+    ("tokenizer.json", tiny_spec(added_tokens=None), "lacks .*Qwen2.5-VL"),
+    (
+      "tokenizer.json",
+      tiny_spec(added_tokens={}),
+      "tokenizer.json: added_tokens must be a list of objects, got {}",
+    ),
+    (
+      "tokenizer.json",
+      tiny_spec(added_tokens=[{"id": 3}]),
+      r"added_tokens\[0\] is \{'id': 3\}, expected .* content and id",
+    ),
+    (
+      "tokenizer.json",
+      tiny_spec(added_tokens=[{"content": "x", "id": "3"}]),
+      r"added_tokens\[0\]\.id must be an integer .*, got '3'",
+    ),
+    (
+      "tokenizer.json",
+      tiny_spec(model={"type": "none of theirs"}),
+      "tokenizer.json is not a tokenizer: ",
+    ),
+    ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+    ("tokenizer_config.json", "[]", "tokenizer_config.json must hold an obj"),
+    ("chat_template.json", "7", "chat_template.json must hold an object"),
+  ],
+)
+def test_broken_files_are_named(tmp_path, name, text, says):
+  tiny_copy(tmp_path)
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=says) as caught:
+    prompts.load_tokenizer(tmp_path)
+  assert str(tmp_path / name) in str(caught.value)
 
 
 # -- chat template
@@ -256,6 +312,78 @@ def test_bad_templates_are_named(tiny, tmp_path):
   (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
   with pytest.raises(ValueError, match="not exactly once"):
     build(prompts.load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("template", "says"),
+  [
+    ("{% if %}", "fails: Expected an expression"),
+    ("{{ messages[0]['content'] ", "fails: unexpected end"),
+    ("{{ messages[7].content.x }}", "fails: .* has no"),
+    ("{{ 'a' + 1 }}", "fails: .*str"),
+    (
+      "{{ raise_exception('Only assistants may speak.') }}",
+      r"fails: Only assistants may speak\.; expected .* user messages",
+    ),
+  ],
+)
+def test_templates_that_fail_are_named(tmp_path, template, says):
+  path = tmp_path / "chat_template.jinja"
+  tiny_copy(tmp_path)
+  path.write_text(template)
+  named = re.escape(f"the chat template in {path} ")
+  with pytest.raises(ValueError, match=named + says) as caught:
+    build(prompts.load_tokenizer(tmp_path))
+  assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_could_refuse_does_not(tmp_path, tiny):
+  """As many published ones: the first role is checked."""
+  check = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+  )
+  tiny_copy(tmp_path)
+  (tmp_path / "chat_template.jinja").write_text(check + tiny.chat_template)
+  strict = prompts.load_tokenizer(tmp_path)
+  np.testing.assert_array_equal(build(strict).token, build(tiny).token)
+  with pytest.raises(ValueError, match="System role not supported; .* system"):
+    build(strict, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+  ("time_format", "says"),
+  [
+    ("{:.1f} {x}", "no field 'x'"),
+    ("{:.1f} {}", "index 1 out of range"),
+    ("{:d}", "format code 'd'"),
+    ("{:.1f", "cannot fill in '{:.1f'"),
+    ("{0.minutes}", "no attribute 'minutes'"),
+    ("{0[0]}", "cannot fill in"),
+  ],
+)
+def test_bad_time_formats_are_named(tiny, time_format, says):
+  named = rf"{says}.*; change config\.prompt\.build\.time_format$"
+  with pytest.raises(ValueError, match=named):
+    build(tiny, time_format=time_format)
+  with pytest.raises(ValueError, match=named):
+    prompts.label_tolerance_s(time_format)
+
+
+@pytest.mark.parametrize(
+  ("template", "says"),
+  [
+    ("{question} {choices}", "no field 'choices'"),
+    ("{question", "cannot fill in '{question'"),
+    ("{question} {}", "index 0 out of range"),
+    ("{question.text}", "no attribute 'text'"),
+    ("{question:d}", "format code 'd'"),
+  ],
+)
+def test_bad_question_templates_are_named(tiny, template, says):
+  named = rf"{says}.*; change config\.prompt\.build\.question_template$"
+  with pytest.raises(ValueError, match=named):
+    build(tiny, question_template=template)
 
 
 # -- positions, worked by hand

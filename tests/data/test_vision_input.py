@@ -75,6 +75,70 @@ def test_other_preprocessing_is_refused(tmp_path):
     write(tmp_path, preprocessor_config={"do_normalize": False})
 
 
+def test_where_the_settings_are_found(tmp_path):
+  find = vision_input.find_preprocessor
+  assert find(tmp_path, "image") is None
+  older, newer = tmp_path / "preprocessor_config.json", {"patch_size": 14}
+  older.write_text('{"merge_size": 2}')
+  for media in ("image", "video"):
+    assert find(str(tmp_path), media) == (older, {"merge_size": 2})
+  parts = tmp_path / "processor_config.json"
+  parts.write_text(json.dumps({"image_processor": newer}))
+  assert find(tmp_path, "image") == (parts, newer)
+  assert find(tmp_path, "video") == (older, {"merge_size": 2})
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "says"),
+  [
+    ("preprocessor_config.json", "[]", r"must hold an object, got \[\]"),
+    ("preprocessor_config.json", '{"a": ', "is not JSON .*line 1"),
+    ("preprocessor_config.json", "", "is not JSON"),
+    ("video_preprocessor_config.json", "7", "must hold an object, got 7"),
+    ("processor_config.json", "null", "must hold an object, got None"),
+    (
+      "processor_config.json",
+      '{"video_processor": [1]}',
+      r"video_processor must be an object, got \[1\]",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"patch_size": "14"}',
+      "patch_size must be a positive integer, got '14'",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"size": [28, 28]}',
+      r"size must be an object, got \[28, 28\]",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"size": {"longest_edge": "28"}}',
+      r"size\.longest_edge must be a number of at least 0, got '28'",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"min_pixels": [1]}',
+      r"min_pixels must be a number of at least 0, got \[1\]",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"image_mean": 0.5}',
+      r"image_mean must be a list of three numbers, got 0\.5",
+    ),
+    (
+      "preprocessor_config.json",
+      '{"image_std": [1, 1]}',
+      r"image_std must be a list of three numbers, got \[1, 1\]",
+    ),
+  ],
+)
+def test_broken_files_are_named(tmp_path, name, text, says):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=f"{name}.*{says}"):
+    vision_input.read_preprocessor(tmp_path, "video")
+
+
 def test_a_picture_and_a_video_of_one_frame_are_the_same():
   settings = vision_input.Preprocessor(min_pixels=784)
   rng = np.random.default_rng(0)

@@ -239,6 +239,11 @@ def test_several_ends():
   assert config.eos_token_id == 11
 
 
+def test_an_end_beyond_the_vocabulary_is_generations_business():
+  spec = FLAT | {"eos_token_id": 151645, "bos_token_id": 151643}
+  assert hf_config.from_hf(spec).eos_token_id == 151645
+
+
 def test_dtype_that_is_none_of_ours_runs_in_float32():
   assert hf_config.from_hf(FLAT | {"torch_dtype": "float16"}).dtype == "float32"
 
@@ -277,17 +282,72 @@ def _rope(**fields):
     (_vision(out_hidden_size=24), "vision_config.out_hidden_size"),
     ({"vision_config": [1]}, "vision_config must be an object"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    # Values of another type.
+    ({"model_type": ["qwen2_5_vl"]}, r"model_type \['qwen2_5_vl'\] is not"),
+    (
+      {"vocab_size": 512.0},
+      "^vocab_size must be a positive integer, got 512.0",
+    ),
+    (
+      {"vocab_size": "512"},
+      "^vocab_size must be a positive integer, got '512'",
+    ),
+    ({"num_hidden_layers": True}, "num_hidden_layers .* integer, got True"),
+    ({"num_attention_heads": 0}, "num_attention_heads .* integer, got 0"),
+    ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number, got 'x'"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps .* number, got nan"),
+    ({"rope_theta": "1e6"}, "rope_theta must be a positive number, got '1e6'"),
+    ({"initializer_range": True}, "initializer_range .* number .*, got True"),
+    ({"tie_word_embeddings": "false"}, "tie_word.* true or false, got 'false'"),
+    ({"use_sliding_window": "no"}, "use_sliding_.* true or false, got 'no'"),
+    ({"layer_types": 2}, "layer_types must be a list of strings, got 2"),
+    ({"layer_types": [[]]}, r"layer_types must be a list of str.* \[\[\]\]"),
+    ({"head_dim": "8"}, "head_dim must be a positive integer, got '8'"),
+    ({"rope_scaling": [1]}, r"rope_scaling must be an object, got \[1\]"),
+    (_rope(mrope_section="abc"), "rope_scaling.mrope_section .*, got 'abc'"),
+    (_rope(mrope_section=[1, True, 2]), r"mrope_section .* \[1, True, 2\]"),
+    (_rope(rope_theta=[]), r"rope_scaling.rope_theta .* number, got \[\]"),
+    (_vision(fullatt_block_indexes=7), "vision_config.fullatt_.*, got 7"),
+    (_vision(fullatt_block_indexes=[False]), r"fullatt_.*, got \[False\]"),
+    (_vision(fullatt_block_indexes=[3]), r"fullatt_.* must lie in \[0, 3\)"),
+    (_vision(depth="2"), "vision_config.depth .* integer, got '2'"),
+    (_vision(patch_size=0), "vision_config.patch_size .* integer, got 0"),
+    (_vision(in_chans="3"), "vision_config.in_chans .* integer, got '3'"),
+    (_vision(tokens_per_second="2"), "tokens_per_second .* number, got '2'"),
+    ({"image_token_id": []}, r"image_token_id must be an id .*, got \[\]"),
+    (
+      {"image_token_id": 61},
+      "image_token_id must .* below vocab_size 61, got 61",
+    ),
+    ({"image_token_id": True}, "image_token_id must be an id .*, got True"),
+    ({"image_token_id": 4.0}, r"image_token_id must be an id .*, got 4\.0"),
+    ({"pad_token_id": -1}, "pad_token_id must be an id .*, got -1"),
+    ({"eos_token_id": [11, "x"]}, r"eos_token_id must .* \[11, 'x'\]"),
   ],
 )
 def test_errors_name_the_key(change, says):
-  with pytest.raises(ValueError, match=rf"config\.json: .*{says}"):
+  with pytest.raises(ValueError, match=says) as caught:
     hf_config.from_hf(copy.deepcopy(FLAT) | change)
+  # Whoever opened the file says which one it was.
+  assert "config.json" not in str(caught.value)
 
 
 def test_errors_in_a_nested_file():
   spec = nested()
   del spec["text_config"]["num_hidden_layers"]
   with pytest.raises(ValueError, match=r"missing text_config\.num_hidden_lay"):
+    hf_config.from_hf(spec)
+  spec = nested()
+  spec["text_config"]["vocab_size"] = "61"
+  with pytest.raises(ValueError, match=r"^text_config\.vocab_size must be"):
+    hf_config.from_hf(spec)
+  spec = nested()
+  spec["text_config"]["eos_token_id"] = "11"
+  with pytest.raises(ValueError, match=r"^text_config\.eos_token_id must be"):
+    hf_config.from_hf(spec)
+  spec = newest()
+  spec["text_config"]["rope_parameters"]["rope_theta"] = "5"
+  with pytest.raises(ValueError, match=r"text_config\.rope_parameters\.rope_t"):
     hf_config.from_hf(spec)
   spec = nested() | {"tie_word_embeddings": False}
   with pytest.raises(ValueError, match="contradict"):

@@ -43,6 +43,10 @@ CONFIG = model_config.VLMConfig(
   num_attention_heads=5,
   num_key_value_heads=1,
   mrope_section=(1, 2, 1),
+  vision_start_token_id=1,
+  vision_end_token_id=2,
+  video_token_id=3,
+  image_token_id=4,
 )
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 

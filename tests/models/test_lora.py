@@ -176,6 +176,9 @@ def test_gradient_of_adapters_is_finite_and_flows_to_each(
   [
     (dict(modules=("decodr/",)), r"\['decodr/'\] match no linear layer"),
     (dict(modules=()), "config.lora.modules"),
+    (dict(modules=("(",)), r"config\.lora\.modules has the broken regex '\('"),
+    (dict(modules="vision"), "config.lora.modules must be a tuple.*'vision'"),
+    (dict(modules=(7,)), r"config.lora.modules must be a tuple.*\(7,\)"),
     (dict(rank=-1), "at least 0, got -1; change config.lora.rank"),
   ],
 )

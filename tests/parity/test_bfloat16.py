@@ -9,21 +9,8 @@
 
 Parameters may be float32 or bfloat16. Matmuls take bfloat16 and accumulate in
 float32; residuals, activations and the caches are bfloat16, as in
-transformers, whose drift from float32 ours equals. `benchmarks.bf16_drift`
-takes float32 away from each of these in turn:
-
-8.1M random parameters, positions up to 1062, logits with a standard deviation
-of 3.16; difference to transformers in float32:
-
-| | RMS of logits | max | KL, nats | RMS of log-probs |
-|---|---|---|---|---|
-| transformers in bfloat16 | 0.077 | 0.79 | 0.0026 | 0.084 |
-| cf_jax in bfloat16 | 0.078 | 0.65 | 0.0024 | 0.083 |
-| with bfloat16 positions | 0.710 | 9.03 | 0.21 | 0.770 |
-| with bfloat16 rotation | 0.082 | 0.79 | 0.0028 | 0.093 |
-| with bfloat16 norm statistics | 0.107 | 1.11 | 0.0048 | 0.121 |
-| with bfloat16 scores and softmax | 0.082 | 0.82 | 0.0028 | 0.091 |
-| with bfloat16 logits | 0.078 | 0.65 | 0.0025 | 0.083 |
+transformers, whose drift from float32 ours equals. What each costs when it is
+taken away (`benchmarks.bf16_drift`) stands in docs/parity.md.
 """
 
 import dataclasses

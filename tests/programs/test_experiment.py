@@ -10,7 +10,7 @@ import pytest
 
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import policies
-from cf_jax.runtime import telemetry
+from cf_jax.runtime import sharding, telemetry
 from tests.conftest import init_params, load_config, shrink
 
 
@@ -122,9 +122,8 @@ def test_banned_ids_cover_the_added_tokens(experiment):
   assert experiment.banned[tokenizer.special["<|image_pad|>"]]
 
 
-def test_summary_counts(experiment, tmp_path):
-  with telemetry.MetricWriter(tmp_path, resume={}) as writer:
-    rows = experiment_lib.summary(experiment, writer)
+def test_summary_counts(experiment):
+  rows = experiment_lib.summary(experiment)
   params = init_params(experiment.model)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert f"{count / 1e6:.2f} M parameters" in rows["policy"]
@@ -223,6 +222,19 @@ def test_stream_hands_errors_to_the_loop(experiment, monkeypatch):
     next(stream)
 
 
+def test_micro_batches_are_checked_before_anything_is_made(
+  tiny_config, tmp_path
+):
+  tiny_config.rl.micro_batches = 3
+  with pytest.raises(ValueError, match="batch of 4 .* 3 micro-batches"):
+    experiment_lib.build(tiny_config, tmp_path)
+  tiny_config.rl.steps = 0  # then nobody asks
+  tiny_config.sft.micro_batches = 2
+  experiment_lib.check_batches(
+    tiny_config, sharding.make_mesh(**tiny_config.mesh)
+  )
+
+
 def test_stream_ends_while_nobody_reads(experiment):
   with _stream(experiment) as stream:
     time.sleep(0.05)
@@ -237,10 +249,19 @@ def test_answers_of_a_view_are_greedy_and_stop(experiment):
     params, experiment.put(experiment.make_views.patches(prepared.frames))
   )
   assert encoded.shape == (4, 9, 2, 32)
-  answer = experiment_lib.make_answer_step(experiment, max_tokens=5)
-  rollout = answer(params, experiment.put(prepared.view["keyframes"]), encoded)
+  sample = experiment_lib.make_sample_steps(
+    experiment, num_completions=1, max_tokens=5, temperature=0.0
+  )
+  view = experiment.put(prepared.view["keyframes"])
+  apart = sample.unstack(params)
+
+  def answer():
+    begun = sample.prefill(params, view, encoded, np.zeros((4, 2), np.uint32))
+    return sample.decode(apart, begun).rollout
+
+  rollout = answer()
   assert rollout.token.shape == (4, 1, 5)
   assert not experiment.banned[np.asarray(rollout.token)].any()
-  again = answer(params, experiment.put(prepared.view["keyframes"]), encoded)
+  again = answer()
   np.testing.assert_array_equal(rollout.token, again.token)
   assert bool(jnp.all(rollout.logprob <= 0))

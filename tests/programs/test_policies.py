@@ -184,6 +184,24 @@ def test_a_target_is_checked_before_anything_is_loaded(run, tmp_path):
         export.run(wrong, tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "said"),
+  [
+    ("lora.modules", ("q_proj",), r"\['q_proj'\] match no linear layer"),
+    ("rl.optim.frozen", ("vison",), r"\['vison'\] match no parameter path"),
+    ("prompt.max_tokens", 8, "raise config.prompt.max_tokens"),
+  ],
+)
+def test_a_refused_config_does_not_claim_the_workdir(
+  base, cache_dir, tmp_path, key, value, said
+):
+  config = _config(base, cache_dir)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=said):
+    train.run(config.lock(), tmp_path)
+  assert not (tmp_path / "manifest.json").exists()
+
+
 def test_a_base_that_moved(run, base, mesh, tmp_path):
   moved, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
   shutil.copytree(run, moved)

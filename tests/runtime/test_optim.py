@@ -173,8 +173,25 @@ def _with(name, patterns):
 
 @pytest.mark.parametrize("name", ["frozen", "no_decay"])
 def test_a_pattern_that_matches_nothing(name):
-  with pytest.raises(ValueError, match=r"\['vison/'\] match no parameter path"):
+  with pytest.raises(
+    ValueError,
+    match=rf"\['vison/'\] match no parameter path; .*\.optim\.{name}$",
+  ):
     _with(name, ("kernel$", "vison/"))
+
+
+@pytest.mark.parametrize("name", ["frozen", "no_decay"])
+@pytest.mark.parametrize(
+  ("patterns", "says"),
+  [
+    (("kernel$", "("), r"has the broken regex '\('"),
+    (("*bias",), r"has the broken regex '\*bias'"),
+    ("bias$", r"must be a tuple of regexes, got 'bias\$'"),
+  ],
+)
+def test_a_broken_pattern(name, patterns, says):
+  with pytest.raises(ValueError, match=rf"config\.\*\.optim\.{name} {says}"):
+    _with(name, patterns)
 
 
 def test_everything_frozen():
@@ -185,7 +202,7 @@ def test_everything_frozen():
 def test_no_decay_of_the_configs_is_norms_and_biases():
   config = model_config.tiny()
   shapes = jax.eval_shape(lambda: vlm.init(config, jax.random.key(0)))
-  spared = optim.matches(shapes, (r"(bias|scale)$",))
+  spared = optim.matches(shapes, (r"(bias|scale)$",), "no_decay")
   for path, hit in jax.tree_util.tree_leaves_with_path(spared):
     assert hit == (path[-1].key in ("bias", "scale"))
 

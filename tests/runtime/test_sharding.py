@@ -1,5 +1,7 @@
 """Every parameter has a rule, and eight devices give the numbers of one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -115,10 +117,11 @@ def test_mesh_sizes():
 
 
 _EQUAL = """
-import sys
+import types
 import jax, jax.numpy as jnp, numpy as np, optax
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
+from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import sft, train
 from cf_jax.runtime import sharding
 from cf_jax.types import Experience, Prompt, Rollout, TrainState, View
@@ -188,11 +191,32 @@ for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
     for key in path:
       b = b[getattr(key, "idx", getattr(key, "key", None))]
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4, err_msg=str(path))
+
+# The same on four of the batch's devices, in two parts of a row each.
+def loss(params, batch, whole):
+  return train.grpo_loss(params, batch, model=config, grid=(2, 2),
+                         banned=jnp.zeros(40, bool), loss=settings, whole=whole)
+
+stage = experiment_lib.Stage(state, {}, shardings, {}, optimizer)
+update = sft.make_update(types.SimpleNamespace(mesh=mesh), stage, loss,
+                         micro_batches=2, largest=train.LARGEST)
+parts = jax.jit(lambda batch: sharding.split_batch(batch, mesh, 2))(
+    sharding.put_batch(batch, mesh))
+assert {s.data.shape for s in parts.advantage.addressable_shards} == {(2, 1, G)}
+rows = np.asarray(parts.advantage).reshape(2, 4, G).swapaxes(0, 1)
+assert (rows.reshape(B, G) == batch.advantage).all()
+new, metrics = update(state, {}, sharding.put_batch(batch, mesh))
+np.testing.assert_allclose(metrics["loss"], expected[0], rtol=2e-4)
+for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(expected[2])):
+  np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4)
 """
 
 
 def test_eight_devices_equal_one(with_devices):
-  """Loss, gradients and updated parameters of one KF-GRPO update."""
+  """Loss, gradients and updated parameters of one KF-GRPO update.
+
+  On other devices, and in micro-batches.
+  """
   with_devices(8, _EQUAL)
 
 
@@ -215,6 +239,19 @@ made = sharding.tree_shardings(shapes, mesh, sharding.PARTITION_RULES)
 (spec,) = [s.spec for s in jax.tree.leaves(made)]
 assert tuple(spec) == (None, None, "fsdp"), spec  # 7 does not halve
 """
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(32, 3), (32, 0), (24, 1)])
+def test_batches_that_do_not_divide_name_their_settings(rows, parts):
+  check = functools.partial(
+    sharding.check_batch, mesh=FakeMesh, setting="config.rl.prompts_per_step"
+  )
+  check(32, micro_batches=2)
+  with pytest.raises(ValueError) as caught:
+    check(rows, micro_batches=parts)
+  said = str(caught.value)
+  assert f"a batch of {rows}" in said and f"{parts} micro-batches" in said
+  assert "config.rl.prompts_per_step, config.rl.micro_batches" in said
 
 
 def test_put_batch_and_lengths_that_do_not_divide(with_devices):
