@@ -10,7 +10,7 @@ import pytest
 
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import policies
-from cf_jax.runtime import sharding, telemetry
+from cf_jax.runtime import sharding
 from tests.conftest import init_params, load_config, shrink
 
 
