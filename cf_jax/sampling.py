@@ -115,22 +115,27 @@ def _draw(
   temperature = jnp.asarray(temperature, jnp.float32)
   logits = vlm.logits(config, params, hidden)
   logprobs = jax.nn.log_softmax(grpo.ban(logits, banned), axis=-1)
-  scaled = logprobs / jnp.where(temperature > 0, temperature, 1)
-  scaled = filter_logits(
-    scaled,
-    top_p=jnp.asarray(top_p, jnp.float32),
-    top_k=jnp.asarray(top_k, jnp.int32),
-  )
-  noise = jax.vmap(
-    jax.vmap(
-      lambda raw: jax.random.gumbel(
-        jax.random.fold_in(jax.random.wrap_key_data(raw), slot),
-        scaled.shape[-1:],
-      )
+
+  def perturbed():
+    """The largest of logits plus Gumbel noise is a sample of their softmax."""
+    scaled = filter_logits(
+      logprobs / temperature,
+      top_p=jnp.asarray(top_p, jnp.float32),
+      top_k=jnp.asarray(top_k, jnp.int32),
     )
-  )(key)
-  noisy = jnp.where(temperature > 0, scaled + noise, logprobs)
-  token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    noise = jax.vmap(
+      jax.vmap(
+        lambda raw: jax.random.gumbel(
+          jax.random.fold_in(jax.random.wrap_key_data(raw), slot),
+          scaled.shape[-1:],
+        )
+      )
+    )(key)
+    return scaled + noise
+
+  # Greedy decoding pays for no noise.
+  value = jax.lax.cond(temperature > 0, perturbed, lambda: logprobs)
+  token = jnp.argmax(value, axis=-1).astype(jnp.int32)
   logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)
   return token, logprob[..., 0]
 
