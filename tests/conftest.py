@@ -61,6 +61,24 @@ def cache_dir(tmp_path_factory):
   return shared / "cf_jax_data"
 
 
+# Fields of `config.model`: one narrow layer in each tower.
+SMALLEST = dict(
+  size="tiny",
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=1,
+  mrope_section=(1, 2, 1),
+  vision=dict(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    out_hidden_size=32,
+    fullatt_block_indexes=(0,),
+  ),
+)
+
+
 def shrink(
   config: ml_collections.ConfigDict, cache_dir
 ) -> ml_collections.ConfigDict:
@@ -73,21 +91,7 @@ def shrink(
   config.data.reader.update(size_px=(28, 56), cache_mib=16, num_threads=1)
   config.tad.num_keyframes = 4
   config.prompt.max_tokens = 96
-  config.model = dict(
-    size="tiny",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    mrope_section=(1, 2, 1),
-    vision=dict(
-      depth=1,
-      hidden_size=16,
-      intermediate_size=24,
-      num_heads=2,
-      out_hidden_size=32,
-      fullatt_block_indexes=(0,),
-    ),
-  )
+  config.model = SMALLEST
   config.sft.update(
     max_steps=4,
     batch_size=4,

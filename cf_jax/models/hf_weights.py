@@ -298,10 +298,8 @@ def read_config(directory: str | pathlib.Path) -> VLMConfig:
       f"no config.json in {str(directory)!r}; expected a Qwen2.5-VL directory"
       f" as transformers' save_pretrained writes it{_hint(path.parent)}"
     )
+  spec = json_file.read_object(path)
   try:
-    spec = json.loads(path.read_text("utf-8"))
-    if not isinstance(spec, dict):
-      raise ValueError(f"expected an object, got {type(spec).__name__}")
     return hf_config.from_hf(spec)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
@@ -763,7 +761,7 @@ def save_hf(
   check_target(directory, needed)
   clock = _Clock("wrote", sum(sizes.values()))
   if jax.process_index() == 0:
-    _write(directory, shards, sizes, texts, tensors, clock)
+    _write(directory, shards, sizes, texts, tensors, clock, needed)
   else:  # its devices' parts are fetched by the first process
     for names in shards.values():
       for name in names:
@@ -882,9 +880,8 @@ def check_target(directory: str | pathlib.Path, needed: int = 0) -> None:
     raise ValueError(problem)
 
 
-def _write(directory, shards, sizes, texts, tensors, clock):
+def _write(directory, shards, sizes, texts, tensors, clock, needed):
   """Writes beside the directory, then renames."""
-  needed = sum(sizes.values()) + sum(len(text) for text in texts.values())
   partial = directory.with_name(directory.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()

@@ -125,6 +125,19 @@ def init_completion_cache(
   )
 
 
+def cache_bytes(config: VLMConfig, slots: int, dtype: str | None = None) -> int:
+  """Size of the keys and values of so many slots, over all devices.
+
+  Args:
+    config: the model.
+    slots: of prompts and completions together.
+    dtype: what they are stored in; None: `config.dtype`.
+  """
+  width = config.num_key_value_heads * config.head_dim
+  size = jnp.dtype(dtype or config.dtype).itemsize
+  return 2 * config.num_hidden_layers * slots * width * size
+
+
 def decode_step(
   config: VLMConfig,
   params: dict,

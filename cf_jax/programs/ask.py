@@ -366,14 +366,9 @@ def memory_bytes(
   """
   shapes = jax.eval_shape(lambda: vlm.init(model, jax.random.key(0)))
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  width = model.num_key_value_heads * model.head_dim
   return dict(
     parameters=count * jnp.dtype(dtype or model.param_dtype).itemsize,
-    cache=2
-    * model.num_hidden_layers
-    * slots
-    * width
-    * jnp.dtype(dtype or model.dtype).itemsize,
+    cache=vlm.cache_bytes(model, slots, dtype),
   )
 
 

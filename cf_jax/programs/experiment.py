@@ -339,16 +339,7 @@ def summary(experiment: Experiment) -> dict[str, str]:
   prompt = longest_prompt(experiment)
   batch, group = config.rl.prompts_per_step, config.sampling.num_completions
   slots = config.prompt.max_tokens + group * config.sampling.max_tokens
-  model = experiment.model
-  cache = (
-    2
-    * model.num_hidden_layers
-    * batch
-    * slots
-    * model.num_key_value_heads
-    * model.head_dim
-    * jnp.dtype(model.dtype).itemsize
-  )
+  cache = vlm.cache_bytes(experiment.model, batch * slots)
   mib = 2.0**20
   devices = jax.devices()
   return {

@@ -12,6 +12,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from cf_jax.runtime import sharding
 from cf_jax.types import TrainState
 
 
@@ -128,7 +129,7 @@ class Checkpoints:
         found = "nothing" if missing else f"{got.dtype}{list(got.shape)}"
         raise ValueError(
           f"checkpoint {step} in {self.directory} does not fit its config:"
-          f" {jax.tree_util.keystr(key_path, simple=True, separator='/')} must"
+          f" {sharding.path_of(key_path)} must"
           f" be {wanted.dtype}{list(wanted.shape)}, got {found}"
         )
 

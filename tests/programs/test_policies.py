@@ -18,35 +18,13 @@ from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, lora
 from cf_jax.programs import experiment, export, policies, train
 from cf_jax.runtime import checkpoint, optim, sharding
-from tests.conftest import init_params, load_config, shrink
-
-TINY = dict(
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  mrope_section=(1, 2, 1),
-  vision=dict(
-    depth=1,
-    hidden_size=16,
-    intermediate_size=24,
-    num_heads=2,
-    out_hidden_size=32,
-    fullatt_block_indexes=(0,),
-  ),
-)
+from tests.conftest import SMALLEST, init_params, load_config, shrink
 
 
 def _model(**changes):
   tokenizer = prompts.load_tokenizer("tiny")
-  return model_config.make(
-    size="tiny",
-    **(
-      dict(vocab_size=tokenizer.vocab_size)
-      | tokenizer.config_ids
-      | TINY
-      | changes
-    ),
-  )
+  fields = SMALLEST | dict(vocab_size=tokenizer.vocab_size, num_hidden_layers=2)
+  return model_config.make(**(fields | tokenizer.config_ids | changes))
 
 
 def _save(folder, model):
