@@ -639,7 +639,7 @@ def _break(folder, kind):
     ("adapter", "adapters alone.*merge_and_unload"),
     ("no config", "no config.json"),
     ("empty", "the directory is empty"),
-    ("broken config", "config.json: "),
+    ("broken config", "config.json is not JSON"),
     ("index alone", "names 1 of 2 files that are not there: 2.safetensors"),
     ("broken index", "expected an object with weight_map"),
   ],
