@@ -107,13 +107,15 @@ def short_norms() -> Iterator[None]:
 def short_softmax() -> Iterator[None]:
   """Scores, exponentials and their sum."""
 
-  def attend(query, key, value, mask, *, implementation):
+  def attend(query, key, value, mask, *, implementation, causal=False):
     del implementation
     rows, slots, heads, width = query.shape
     query = query.reshape(rows, slots, key.shape[2], -1, width)
     score = jnp.einsum("BQMRH,BSMH->BMRQS", query, key) * width**-0.5
     if mask is not None:
       score = jnp.where(mask[:, None, None], score, -1e30)
+    if causal:
+      score = jnp.where(jnp.tri(slots, dtype=bool), score, -1e30)
     weight = jax.nn.softmax(_short(score), axis=-1)
     mixed = jnp.einsum("BMRQS,BSMH->BQMRH", weight, value)
     return mixed.reshape(rows, slots, heads, width)

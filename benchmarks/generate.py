@@ -5,12 +5,12 @@
 needs the `parity` extra. A random Qwen2.5-VL in float32 on two cores continues
 prompts of text and one image: eight completions of one prompt, and one each of
 eight prompts. Greedy ids of all forms are compared before anything is timed;
-then the forms take turns, and the table shows medians and the median of the
-ratios of the rounds.
+then the forms take turns, and the table shows best times, their ratios, and the
+median of the ratios of the rounds.
 
 - cf_jax: as KF-GRPO samples, `sampling.start`, the decoder's layers taken
-  apart (counted as part of the prefill: every update makes them anew), and
-  `sampling.advance`.
+  apart and turned ("layers apart"; counted end to end, although a policy needs
+  it once for all its prompts), and `sampling.advance`.
 - cf_jax, one program: `sampling.generate` over stacked layers.
 - transformers: `generate` over repeated rows. (`num_return_sequences` repeats
   the rows too, images included, and refuses greedy search.)
@@ -259,7 +259,8 @@ def rows_of(result: dict) -> list[list]:
         result["read_bytes_per_token"] / result["copy_bytes_per_s"]
       )
       line = [setting, name]
-      line.append(min(phases["prefill"]) if "prefill" in phases else "-")
+      for phase in ("prefill", "unstack"):
+        line.append(min(phases[phase]) if phase in phases else "-")
       line += [rate, rate / bound, min(phases["whole"])]
       for phase in ("decode", "whole"):
         line.append(min(base[phase]) / min(phases[phase]))
@@ -313,6 +314,7 @@ def main(argv: list[str]) -> None:
         "prompts",
         "form",
         "prefill, s",
+        "layers apart, s",
         "decode tok/s",
         "of the bound",
         "end to end, s",

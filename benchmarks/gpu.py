@@ -44,7 +44,7 @@ _OUT = flags.DEFINE_string("out", "", "also write the results as JSON here")
 _TINY = flags.DEFINE_bool("tiny", False, "toy sizes, on any device: a check")
 _SIZES = flags.DEFINE_list("sizes", ["3b", "7b"], "of the policies")
 _ATTENTION = flags.DEFINE_enum(
-  "attention", "xla", model_config.ATTENTION, "kernel"
+  "attention", "auto", model_config.ATTENTION, "kernel"
 )
 _REMAT = flags.DEFINE_enum("remat", "dots", model_config.REMAT, "in updates")
 _PROMPTS = flags.DEFINE_integer("prompts", 4, "of an update, B")

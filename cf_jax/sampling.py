@@ -71,8 +71,8 @@ class Decoding:
     position: int32[B] M-RoPE position of a video's first completion token.
     key: uint32[B, G, 2] raw keys; a draw folds its slot number in.
     prefix_mask: bool[B, S] real prompt slots.
-    prefix_cache: keys and values of the prompts, each float[L, B, S, M, H].
-    cache: keys and values of the completions, each L float[B, G, C, M, H].
+    prefix_cache: keys and values of the prompts, each L float[B, M, S, H].
+    cache: keys and values of the completions, each L float[B, G, M, C, H].
   """
 
   slot: jax.Array
@@ -113,13 +113,14 @@ def _draw(
 ):
   """[B, G, D] -> token int32[B, G] and its log-probability."""
   temperature = jnp.asarray(temperature, jnp.float32)
-  logits = vlm.logits(config, params, hidden)
-  logprobs = jax.nn.log_softmax(grpo.ban(logits, banned), axis=-1)
+  logits = grpo.ban(vlm.logits(config, params, hidden), banned)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  log_total = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
 
   def perturbed():
     """The largest of logits plus Gumbel noise is a sample of their softmax."""
     scaled = filter_logits(
-      logprobs / temperature,
+      (logits - top - log_total) / temperature,
       top_p=jnp.asarray(top_p, jnp.float32),
       top_k=jnp.asarray(top_k, jnp.int32),
     )
@@ -131,13 +132,22 @@ def _draw(
         )
       )
     )(key)
-    return scaled + noise
+    return _first_best(scaled + noise)
 
-  # Greedy decoding pays for no noise.
-  value = jax.lax.cond(temperature > 0, perturbed, lambda: logprobs)
-  token = jnp.argmax(value, axis=-1).astype(jnp.int32)
-  logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)
-  return token, logprob[..., 0]
+  # Greedy decoding pays for no noise, and for no log-probability but its own.
+  token = jax.lax.cond(temperature > 0, perturbed, lambda: _first_best(logits))
+  drawn = jnp.take_along_axis(logits, token[..., None], axis=-1)
+  return token, (drawn - top - log_total)[..., 0]
+
+
+def _first_best(value: jax.Array) -> jax.Array:
+  """int32[...]: `argmax` over the last axis of float[..., V] without NaN.
+
+  XLA's own compares values and ids in one scalar loop on CPUs.
+  """
+  size = value.shape[-1]
+  best = value == jnp.max(value, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(best, jnp.arange(size), size - 1), axis=-1)
 
 
 def _write(buffer, value, slot):

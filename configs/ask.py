@@ -49,7 +49,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     size_px=(64, 64),  # height, width at which they are
     num_threads=4,  # of the decoder
   )
-  # "tad", or what it is compared with: "uniform", "top_k", "k_center", "aks"
+  # "tad", or what it is compared with: "uniform", "top_k", "aks", "k_center",
+  # "k_center_median"
   config.select = "tad"
   config.num_keyframes = config_dict.placeholder(int)  # K; None: 8
   config.tad = dict(

@@ -9,7 +9,7 @@ jitted function.
 import dataclasses
 from typing import Any, Literal
 
-ATTENTION = ("xla",)
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -142,7 +142,11 @@ class VLMConfig:
     remat: what the backward pass recomputes: "none"; "dots", all but the
       matmuls; "full", everything but the input of each layer.
     scan_unroll: layers per iteration of the loop over layers.
-    attention: kernel behind `layers.attend`.
+    attention: what is behind `layers.attend` and `layers.attend_packed`, of
+      both towers: "xla", anywhere; "cudnn", fused on NVIDIA GPUs, in bfloat16;
+      "splash", fused on a TPU, where a row has at least 128 slots (else
+      "xla"); "auto", the kernel of this process's devices that can serve, else
+      "xla". Steps of decoding are XLA's in any case.
     vocab_chunk: words that log-probabilities of completions look at together:
       a larger vocabulary is worked through in chunks, forward and backward, so
       that no array of tokens x vocabulary is held. 0: always all at once.
@@ -174,7 +178,7 @@ class VLMConfig:
   param_dtype: str = "float32"
   remat: Literal["none", "dots", "full"] = "none"
   scan_unroll: int = 1
-  attention: Literal["xla"] = "xla"
+  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
   vocab_chunk: int = 16_384
 
   def __post_init__(self):

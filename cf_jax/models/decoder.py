@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from cf_jax.models import layers, rope
 from cf_jax.models.config import VLMConfig
 
-# {"key", "value"}, each float[L, B, S, M, H].
-PrefixCache = dict[str, jax.Array]
-# {"key", "value"}, each a tuple of L float[B, G, C, M, H]: one buffer a layer
-# can be written in place inside a loop.
+# Caches are {"key", "value"}, each a tuple of one buffer a layer: a loop over
+# tokens reads, and writes, each where it lies. Heads come before slots, as
+# matmuls want them; otherwise every step would copy them so.
+# L float[B, M, S, H].
+PrefixCache = dict[str, tuple[jax.Array, ...]]
+# L float[B, G, M, C, H].
 CompletionCache = dict[str, tuple[jax.Array, ...]]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -74,9 +76,7 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
   embed_rng, layer_rng, head_rng = jax.random.split(rng, 3)
 
   def mix(query, key, value):
-    return layers.attend(
-      query, key, value, None, implementation=config.attention
-    )
+    return layers.attend(query, key, value, None, implementation="xla")
 
   def table(key):
     draw = nn.initializers.normal(config.initializer_range)
@@ -111,13 +111,6 @@ def _angles(config, position):
   )
 
 
-def causal_mask(mask: jax.Array) -> jax.Array:
-  """bool[B, S] real slots -> bool[B, S, S]: no later slot, no padding."""
-  slots = mask.shape[-1]
-  earlier = jnp.tril(jnp.ones((slots, slots), bool))
-  return earlier & mask[:, None, :]
-
-
 def run(
   config: VLMConfig,
   params: dict,
@@ -127,18 +120,20 @@ def run(
   *,
   with_cache: bool,
 ) -> tuple[jax.Array, PrefixCache | None]:
-  """Whole sequences, without a cache to start from.
+  """Whole sequences, causal, without a cache to start from.
 
   Args:
     config: the model.
     params: the decoder's parameters.
     x: float[B, S, D] embeddings.
     position: int32[B, 3, S].
-    mask: bool[B, S, S] which slots (last axis) a slot attends to.
+    mask: bool[B, S] real slots, at the start of a row (only the attention of
+      "cudnn" needs them there).
     with_cache: also return every layer's keys and values.
 
   Returns:
-    float[B, S, D] hidden states after the last norm, and the cache or None.
+    float[B, S, D] hidden states after the last norm, finite and without
+    meaning in padded slots, and the cache or None.
   """
   cos, sin = _angles(config, position)
 
@@ -147,9 +142,14 @@ def run(
 
     def mix(query, key, value):
       if with_cache:
-        cache.update(key=key, value=value)
+        cache.update(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
       return layers.attend(
-        query, key, value, mask, implementation=config.attention
+        query,
+        key,
+        value,
+        mask[:, None],
+        implementation=config.attention,
+        causal=True,
       )
 
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
@@ -162,6 +162,8 @@ def run(
     remat=config.remat,
     unroll=config.scan_unroll,
   )
+  if cache is not None:
+    cache = {name: tuple(stacked) for name, stacked in cache.items()}
   return _final_norm(config).apply({"params": params["norm"]}, x), cache
 
 
@@ -186,52 +188,30 @@ def run_packed(
     params: the decoder's parameters.
     prompt: float[B, S, D] embeddings.
     position: int32[B, 3, S].
-    mask: bool[B, S].
+    mask: bool[B, S], padding at the end.
     completion: float[B, G, C, D] embeddings.
     completion_position: int32[B, 3, G, C].
-    completion_mask: bool[B, G, C].
+    completion_mask: bool[B, G, C], padding at the end.
 
   Returns:
     Hidden states after the last norm: float[B, S, D] and float[B, G, C, D].
   """
   rows, slots, width = prompt.shape
-  shape = completion.shape[1:3]
   x = jnp.concatenate([prompt, completion.reshape(rows, -1, width)], axis=1)
   position = jnp.concatenate(
     [position, completion_position.reshape(rows, 3, -1)], axis=2
   )
   cos, sin = _angles(config, position)
-  prompt_mask = causal_mask(mask)
-  own_mask = jnp.tril(jnp.ones((shape[1], shape[1]), bool))
-  own_mask = own_mask & completion_mask[:, :, None, :]
 
   def mix(query, key, value):
-    def split(y):
-      own = y[:, slots:].reshape(rows, *shape, *y.shape[2:])
-      return y[:, :slots], own
-
-    (prompt_query, own_query) = split(query)
-    (prompt_key, own_key) = split(key)
-    (prompt_value, own_value) = split(value)
-    prompt_mixed = layers.attend(
-      prompt_query,
-      prompt_key,
-      prompt_value,
-      prompt_mask,
-      implementation=config.attention,
-    )
-    own_mixed = layers.attend_shared(
-      own_query,
-      prompt_key,
-      prompt_value,
+    return layers.attend_packed(
+      query,
+      key,
+      value,
       mask,
-      own_key,
-      own_value,
-      own_mask,
+      completion_mask,
       implementation=config.attention,
     )
-    own_mixed = own_mixed.reshape(rows, -1, *query.shape[2:])
-    return jnp.concatenate([prompt_mixed, own_mixed], axis=1)
 
   def body(x, layer_params):
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
@@ -255,8 +235,8 @@ def init_completion_cache(
   shape = (
     num_videos,
     num_completions,
-    max_tokens,
     config.num_key_value_heads,
+    max_tokens,
     config.head_dim,
   )
   return {
@@ -296,7 +276,7 @@ def decode(
     float[B, G, D] hidden states after the last norm, and the updated cache.
   """
   cos, sin = _angles(config, position)
-  slots = completion_cache["key"][0].shape[2]
+  slots = completion_cache["key"][0].shape[3]
   own_mask = (jnp.arange(slots) <= step)[None, None, None]  # [1, 1, 1, C]
   updated = {"key": [], "value": []}
   x = x.astype(config.dtype)
@@ -305,16 +285,16 @@ def decode(
     def write(name, new, layer=layer):
       updated[name].append(
         jax.lax.dynamic_update_slice_in_dim(
-          completion_cache[name][layer], new[:, :, None], step, axis=2
+          completion_cache[name][layer], new[:, :, :, None], step, axis=3
         )
       )
-      return updated[name][-1]
+      return updated[name][-1].swapaxes(2, 3)
 
     def mix(query, key, value, layer=layer, write=write):
       mixed = layers.attend_shared(
         query[:, :, None],
-        prefix_cache["key"][layer],
-        prefix_cache["value"][layer],
+        prefix_cache["key"][layer].swapaxes(1, 2),
+        prefix_cache["value"][layer].swapaxes(1, 2),
         prefix_mask,
         write("key", key),
         write("value", value),
@@ -341,9 +321,8 @@ def logits(config: VLMConfig, params: dict, hidden: jax.Array) -> jax.Array:
   float32 because differences of log-probabilities of rare tokens are what the
   policy gradient is made of.
   """
-  return jnp.einsum(
-    "...D,VD->...V",
+  return layers.times_table(
     hidden.astype(config.dtype),
     head(config, params).astype(config.dtype),
-    preferred_element_type=jnp.float32,
+    jnp.float32,
   )

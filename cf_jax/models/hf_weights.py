@@ -27,7 +27,7 @@ import pathlib
 import re
 import shutil
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +309,7 @@ def load_hf(
   directory: str | pathlib.Path,
   mesh: Mesh | None = None,
   dtype: str | None = None,
+  part: Literal["", "vision", "decoder"] = "",
 ) -> tuple[VLMConfig, dict]:
   """Reads a Qwen2.5-VL directory straight into its shardings.
 
@@ -322,6 +323,7 @@ def load_hf(
       device.
     dtype: "float32" or "bfloat16"; None keeps each tensor's own. float16 and
       float64 files need one, as parameters are float32 or bfloat16.
+    part: what is read, the subtree of that name; "" reads all.
 
   Returns:
     The config and the parameters, as `vlm.init` lays them out. The config's
@@ -345,8 +347,14 @@ def load_hf(
       path: stack.enter_context(_open(path)) for path in _files(directory)
     }
     tensors = _survey(handles, config, pieces, directory)
+    if part:
+      tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if any(piece.row.path.startswith(f"{part}/") for piece in pieces[name])
+      }
     target = _target_dtypes(tensors, pieces, dtype)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not part:
       _check_tied(handles, tensors)
     params = _fill(handles, tensors, pieces, config, mesh, target)
   held = collections.Counter()

@@ -6,17 +6,32 @@ key/value heads, `R = N // M`, `H` head width, `D` model width, `F` mlp width,
 `L` layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from cf_jax.models import lora
+from cf_jax.models import kernels, lora
 
 # Below every real score, and finite: -inf - -inf is NaN.
 _LOWEST = -1e30
+
+# The leaf that stands for a kernel, see `turn`.
+TURNED = "table"
+
+# Up to so many rows `times_table` puts the table first on CPUs; measured.
+_FEW_ROWS = 32
+
+# Queries of causal attention are worked through in at most so many strips of
+# multiples of a chunk. Strips with more scores than `_MANY` for a row and head
+# go chunk by chunk.
+_STRIPS = 16
+_CHUNK = 128
+_MANY = 2**20
 
 
 class RMSNorm(nn.Module):
@@ -69,11 +84,14 @@ class SwiGLU(nn.Module):
 class _Linear(nn.DenseGeneral):
   """A linear layer that adds the adapters that lie beside its kernel.
 
-  See `models/lora.py`.
+  See `models/lora.py`. The kernel may lie turned, see `turn`.
   """
 
   def __call__(self, x):
-    y = super().__call__(x)
+    if self.has_variable("params", TURNED):
+      y = self._turned(x)
+    else:
+      y = super().__call__(x)
     if not self.has_variable("params", "lora_a"):
       return y
     a, b, scale = (self.get_variable("params", name) for name in lora.LEAVES)
@@ -81,6 +99,63 @@ class _Linear(nn.DenseGeneral):
     low = jnp.tensordot(x.astype(self.dtype), a.astype(self.dtype), inputs)
     high = jnp.tensordot(low, b.astype(self.dtype), 1)
     return y + high * scale.astype(self.dtype)
+
+  def _turned(self, x):
+    table = self.get_variable("params", TURNED).astype(self.dtype)
+    features = self.features
+    if isinstance(features, int):
+      features = (features,)
+    inputs = 1 if isinstance(self.axis, int) else len(self.axis)
+    shape = x.shape[: x.ndim - inputs]
+    x = x.astype(self.dtype).reshape(*shape, table.shape[1])
+    y = times_table(x, table).reshape(*shape, *features)
+    if self.use_bias:
+      y += self.get_variable("params", "bias").astype(self.dtype)
+    return y
+
+
+def turn(layer: dict) -> dict:
+  """A layer's parameters with kernels as tables [outputs, inputs].
+
+  A copy for few rows a call, as in decoding, see `times_table`. `linear` takes
+  either. Outputs and inputs of several axes become one.
+
+  Args:
+    layer: parameters of one decoder layer, {"query": {"kernel": ...}, ...}.
+  """
+  turned = {}
+  for path, leaf in traverse_util.flatten_dict(layer).items():
+    if path[-1] == "kernel":
+      inputs = 2 if path[-2] == "out" else 1  # heads and their width
+      width = math.prod(leaf.shape[:inputs])
+      path, leaf = (*path[:-1], TURNED), leaf.reshape(width, -1).T
+    turned[path] = leaf
+  return traverse_util.unflatten_dict(turned)
+
+
+def times_table(
+  x: jax.Array, table: jax.Array, dtype: jnp.dtype | None = None
+) -> jax.Array:
+  """[..., I] times a table [O, I] -> [..., O], accumulated in `dtype`.
+
+  The CPU's matmul of two to some tens of rows is faster where the table is its
+  first operand: read where it lies, not packed anew in every call.
+  """
+  wide = dict(preferred_element_type=dtype)
+
+  def plain(x, table):
+    return jnp.einsum("...I,OI->...O", x, table, **wide)
+
+  def table_first(x, table):
+    y = jnp.einsum("OI,BI->OB", table, x.reshape(-1, x.shape[-1]), **wide)
+    # Without the barrier the compiler swaps the operands back.
+    y = jax.lax.optimization_barrier(y)
+    return y.T.reshape(*x.shape[:-1], -1)
+
+  rows = math.prod(x.shape[:-1])
+  if not 1 < rows <= _FEW_ROWS:
+    return plain(x, table)
+  return jax.lax.platform_dependent(x, table, cpu=table_first, default=plain)
 
 
 def linear(
@@ -173,43 +248,117 @@ def take_layer(stacked: Any, layer: int) -> Any:
   return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
-def _attend_xla(query, key, value, mask):
+def _weigh(query, key, value, mask, first):
   """Unnormalised attention: sum of e^(s-top) v, sum of e^(s-top), and top.
 
-  [B,Q,N,H], [B,S,M,H], [B,S,M,H], bool[B,Q,S] or [B,1,S] or None ->
-  float32 [B,Q,M,R,H], [B,Q,M,R,1], [B,Q,M,R,1].
+  [B,M,R,Q,H], [B,M,S,H], [B,M,S,H], bool[B,Q,S] or [B,1,S] or None, and the
+  place among the keys of the first query, where no query sees a later key ->
+  float32 [B,M,R,Q,H], [B,M,R,Q,1], [B,M,R,Q,1].
   """
-  rows, num_queries, num_heads, width = query.shape
-  num_kv = key.shape[2]
-  query = query.reshape(rows, num_queries, num_kv, num_heads // num_kv, width)
   # Scores and softmax in float32: a bfloat16 score of 20 is off by 0.06, and
   # its exponential by 6 %.
   score = jnp.einsum(
-    "BQMRH,BSMH->BMRQS", query, key, preferred_element_type=jnp.float32
-  ) * (width**-0.5)
-  if mask is not None:
-    mask = mask[:, None, None]  # [B, 1, 1, Q, S]
-    score = jnp.where(mask, score, _LOWEST)
-  top = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
+    "BMRQH,BMSH->BMRQS", query, key, preferred_element_type=jnp.float32
+  ) * (query.shape[-1] ** -0.5)
+  allowed = None if mask is None else mask[:, None, None]  # [B, 1, 1, Q, S]
+  if first is not None:
+    place = first + jnp.arange(query.shape[3])
+    earlier = place[:, None] >= jnp.arange(key.shape[2])
+    allowed = earlier if allowed is None else allowed & earlier
+  if allowed is not None:
+    score = jnp.where(allowed, score, _LOWEST)
+  top = jnp.max(score, axis=-1, keepdims=True)
+  # Not below half of the lowest: a query without keys then weighs each with
+  # e^(_LOWEST / 2) = 0.
+  top = jax.lax.stop_gradient(jnp.maximum(top, _LOWEST / 2))
   weight = jnp.exp(score - top)
-  if mask is not None:
-    weight = jnp.where(mask, weight, 0)  # a row without keys has top = _LOWEST
   total = jnp.sum(weight, axis=-1, keepdims=True)
   mixed = jnp.einsum(
-    "BMRQS,BSMH->BQMRH",
+    "BMRQS,BMSH->BMRQH",
     weight.astype(value.dtype),
     value,
     preferred_element_type=jnp.float32,
   )
-  return mixed, total.transpose(0, 3, 1, 2, 4), top.transpose(0, 3, 1, 2, 4)
+  return mixed, total, top
 
 
-def _partial(query, key, value, mask, implementation):
-  if implementation == "xla":
-    return _attend_xla(query, key, value, mask)
-  raise ValueError(
-    f"attention must be 'xla', got {implementation!r}; change"
-    " config.model.attention"
+def _weigh_in_turn(query, key, value, mask, first):
+  """`_weigh`, `_CHUNK` queries at a time, so that few scores exist at once."""
+  count = -(-query.shape[3] // _CHUNK)
+  pad = count * _CHUNK - query.shape[3]
+
+  def chunk(x, axis):  # the axis of queries -> [count, ..., _CHUNK, ...]
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, pad)
+    x = jnp.pad(x, widths)
+    x = x.reshape(*x.shape[:axis], count, _CHUNK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+  def join(x):  # [count, B, M, R, _CHUNK, ...] -> [B, M, R, Q, ...]
+    x = jnp.moveaxis(x, 0, 3)
+    x = x.reshape(*x.shape[:3], count * _CHUNK, x.shape[-1])
+    return x[:, :, :, : query.shape[3]]
+
+  differs = mask is not None and mask.shape[1] > 1
+
+  # The backward pass makes the scores again.
+  @jax.checkpoint
+  def body(args):
+    query, own_mask, offset = args
+    return _weigh(
+      query,
+      key,
+      value,
+      own_mask if differs else mask,
+      None if first is None else first + offset,
+    )
+
+  chunks = (
+    chunk(query, 3),
+    chunk(mask, 1) if differs else None,
+    jnp.arange(count) * _CHUNK,
+  )
+  return tuple(map(join, jax.lax.map(body, chunks)))
+
+
+def _partial(query, key, value, mask, causal):
+  """`_weigh` for [B,Q,N,H], [B,S,M,H], [B,S,M,H] -> [B,Q,M,R,H or 1].
+
+  Causal queries go in strips, each with the keys up to its end: half the work.
+  """
+  rows, num_queries, num_heads, width = query.shape
+  num_kv = key.shape[2]
+  # The axes of the matmuls innermost: anything else makes XLA transpose scores.
+  query = query.reshape(rows, num_queries, num_kv, num_heads // num_kv, width)
+  query = query.transpose(0, 2, 3, 1, 4)
+  key = key.transpose(0, 2, 1, 3)
+  value = value.transpose(0, 2, 1, 3)
+  size = num_queries
+  if causal:
+    # No more than so many strips: each is compiled.
+    size = -(-num_queries // (_STRIPS * _CHUNK)) * _CHUNK
+  strips = []
+  for start in range(0, num_queries, size):
+    end = min(start + size, num_queries)
+    keys = end if causal else key.shape[2]
+    strip_mask = mask
+    if mask is not None:
+      strip_mask = mask[..., :keys]
+      if mask.shape[1] > 1:
+        strip_mask = strip_mask[:, start:end]
+    many = end - start > _CHUNK and (end - start) * keys > _MANY
+    strips.append(
+      (_weigh_in_turn if many else _weigh)(
+        query[:, :, :, start:end],
+        key[:, :, :keys],
+        value[:, :, :keys],
+        strip_mask,
+        start if causal else None,
+      )
+    )
+  return tuple(
+    jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4)
+    for parts in zip(*strips, strict=True)
   )
 
 
@@ -220,6 +369,7 @@ def attend(
   mask: jax.Array | None,
   *,
   implementation: str,
+  causal: bool = False,
 ) -> jax.Array:
   """Grouped-query attention, `softmax(q k / sqrt(H)) v`.
 
@@ -228,15 +378,32 @@ def attend(
     key: float[B, S, M, H]; query head n reads key head n // R.
     value: float[B, S, M, H].
     mask: bool[B, Q, S] (1 broadcasts for B and Q), or None: all are allowed.
+      The kernels take [B, 1, S] only; cuDNN takes the allowed slots to be the
+      first of their row.
     implementation: which kernel, see `VLMConfig.attention`.
+    causal: no query sees a later slot; Q must equal S.
 
   Returns:
     float[B, Q, N, H] in value's dtype; 0, with a finite gradient, where a
-    query may attend to no key.
+    query may attend to no key. (Kernels: any finite numbers there, and where
+    the query's own slot is masked.)
+
+  Raises:
+    ValueError: an unknown kernel, or one that cannot serve.
   """
-  mixed, total, _ = _partial(query, key, value, mask, implementation)
-  mixed = mixed / jnp.where(total > 0, total, 1)
-  return mixed.reshape(query.shape).astype(value.dtype)
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1])
+  # Splash works on blocks of 128 slots: the tower's windows are smaller.
+  if kernel == "splash" and key.shape[1] < kernels.SPLASH_BLOCK:
+    kernel = "xla"
+  if kernel == "xla":
+    mixed, total, _ = _partial(query, key, value, mask, causal)
+    mixed = mixed / jnp.where(total > 0, total, 1)
+    return mixed.reshape(query.shape).astype(value.dtype)
+  if mask is not None:
+    kernels.check_mask(kernel, mask.shape)
+    mask = jnp.broadcast_to(mask[:, 0], (len(key), key.shape[1]))
+  function = kernels.cudnn if kernel == "cudnn" else kernels.splash
+  return function(query, key, value, mask, causal=causal)
 
 
 def attend_shared(
@@ -249,11 +416,16 @@ def attend_shared(
   mask: jax.Array,
   *,
   implementation: str,
+  causal: bool = False,
 ) -> jax.Array:
   """Attention of G completions to their common prompt and to themselves.
 
   The two parts are joined by their softmax sums, so that the prompt's keys and
   values are read once per row and never copied to the completions.
+
+  It is XLA's form whatever the setting: a decode step has one query for each
+  completion and is bound by the bandwidth, not by its scores. Whole completions
+  go through `attend_packed`.
 
   Args:
     query: float[B, G, Q, N, H].
@@ -263,11 +435,13 @@ def attend_shared(
     key: float[B, G, C, M, H] of each completion.
     value: float[B, G, C, M, H].
     mask: bool[B, G, Q, C] (1 broadcasts).
-    implementation: which kernel, see `VLMConfig.attention`.
+    implementation: see `VLMConfig.attention`; only its name is checked.
+    causal: no query sees a later slot of its completion; Q must equal C.
 
   Returns:
     float[B, G, Q, N, H] in value's dtype.
   """
+  kernels.check_name(implementation)
   rows, group, num_queries, num_heads, width = query.shape
 
   def merge(x):  # [B, G, ...] -> [B * G, ...]
@@ -281,14 +455,14 @@ def attend_shared(
     prefix_key,
     prefix_value,
     prefix_mask[:, None],
-    implementation,
+    causal=False,
   )
   own = _partial(
     merge(query),
     merge(key),
     merge(value),
     merge(jnp.broadcast_to(mask, (rows, group, *mask.shape[2:]))),
-    implementation,
+    causal,
   )
   mixed_a, total_a, top_a = map(align, prefix)
   mixed_b, total_b, top_b = map(align, own)
@@ -298,3 +472,76 @@ def attend_shared(
   mixed = scale_a * mixed_a + scale_b * mixed_b
   mixed = mixed / jnp.where(total > 0, total, 1)
   return mixed.reshape(query.shape).astype(value.dtype)
+
+
+def attend_packed(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  prompt_mask: jax.Array,
+  completion_mask: jax.Array,
+  *,
+  implementation: str,
+) -> jax.Array:
+  """Causal attention of a prompt and of G completions that continue it.
+
+  A prompt slot sees the real ones before it, a completion's slot the real slots
+  of the prompt and its own completion's before it, and both themselves.
+
+  Args:
+    query: float[B, S + G * C, N, H]: the prompt, then one completion after
+      another.
+    key: float[B, S + G * C, M, H].
+    value: float[B, S + G * C, M, H].
+    prompt_mask: bool[B, S], True first: padding at the end.
+    completion_mask: bool[B, G, C], True first.
+    implementation: which kernel, see `VLMConfig.attention`.
+
+  Returns:
+    float[B, S + G * C, N, H] in value's dtype; finite and without meaning in
+    padded slots.
+
+  Raises:
+    ValueError: an unknown kernel, or one that cannot serve.
+  """
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1])
+  if kernel == "splash":
+    return kernels.splash_packed(
+      query, key, value, prompt_mask, completion_mask
+    )
+  rows, slots = prompt_mask.shape
+  group, length = completion_mask.shape[1:]
+
+  def split(x):
+    own = x[:, slots:].reshape(rows, group, length, *x.shape[2:])
+    return x[:, :slots], own
+
+  prompt_query, own_query = split(query)
+  prompt_key, own_key = split(key)
+  prompt_value, own_value = split(value)
+  prompt = attend(
+    prompt_query,
+    prompt_key,
+    prompt_value,
+    prompt_mask[:, None],
+    implementation=kernel,
+    causal=True,
+  )
+  if kernel == "cudnn":
+    own = kernels.cudnn_shared(
+      own_query, prompt_key, prompt_value, prompt_mask, own_key, own_value
+    )
+  else:
+    own = attend_shared(
+      own_query,
+      prompt_key,
+      prompt_value,
+      prompt_mask,
+      own_key,
+      own_value,
+      completion_mask[:, :, None],
+      implementation=kernel,
+      causal=True,
+    )
+  own = own.reshape(rows, group * length, *query.shape[2:])
+  return jnp.concatenate([prompt, own], axis=1)

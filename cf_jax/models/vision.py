@@ -9,6 +9,7 @@ visual tokens per slice (4P patches), `D` tower width, `H` head width, `L`
 blocks.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -206,7 +207,8 @@ def init(config: VLMConfig, rng: jax.Array) -> dict:
   return {
     "patch_embed": PatchEmbed(config).init(embed_rng, patches)["params"],
     "layers": layers.init_stack(
-      VisionLayer(config),
+      # One visual token shows no kernel what it is made for.
+      VisionLayer(dataclasses.replace(config, attention="xla")),
       layer_rng,
       tower.depth,
       x,

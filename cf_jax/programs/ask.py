@@ -41,13 +41,8 @@ from cf_jax.types import Prompt
 ANSWER_FILE = "answer.json"
 PICTURE_FILE = "keyframes.png"
 
-# Beside "tad"; each takes (embedding, mask, num_keyframes=K).
-SELECTORS = {
-  "uniform": selectors.uniform,
-  "top_k": selectors.top_k,
-  "k_center": selectors.k_center,
-  "aks": selectors.aks,
-}
+# Of `selectors.SELECTORS`; the others need a key, or show every scanned frame.
+SELECTORS = ("tad", "uniform", "top_k", "aks", "k_center", "k_center_median")
 
 # What a None of configs/ask.py stands for, where no run says otherwise.
 _NUM_KEYFRAMES = 8
@@ -59,9 +54,10 @@ _BUILD = dict(
   question_template="{question}{options}",
 )
 
-# Both caches have their heads in the fourth place; the rest is small.
+# Both caches are split by heads; the rest is small.
 _DECODING_RULES = (
-  (r"cache/(key|value)", P(None, None, None, "tensor")),
+  (r"prefix_cache/(key|value)/", P(None, "tensor")),  # [B, M, S, H]
+  (r"cache/(key|value)/", P(None, None, "tensor")),  # [B, G, M, C, H]
   (r"", P()),
 )
 
@@ -118,9 +114,9 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.{name} is empty; set --config.{name}= to {what}"
       )
-  if config.select != "tad" and config.select not in SELECTORS:
+  if config.select not in SELECTORS:
     raise ValueError(
-      f"select must be one of {('tad', *SELECTORS)}, got {config.select!r};"
+      f"select must be one of {SELECTORS}, got {config.select!r};"
       " change config.select"
     )
   for name, value in (
@@ -257,20 +253,16 @@ def look(config: ml_collections.ConfigDict, factor: int) -> Seen:
   scan = video.scan_frames(config.video, **config.scan)
   embedding = jax.jit(tad.pixel_descriptor)(scan.frames)
   mask = jnp.asarray(scan.mask)
-  if config.select == "tad":
-    chosen = tad.select_videos(
-      embedding[None],
-      mask[None],
-      num_keyframes=config.num_keyframes,
-      **config.tad,
-    )
-    chosen = jax.tree.map(lambda leaf: leaf[0], chosen)
-    score = chosen.variation
-  else:
-    select = functools.partial(
-      SELECTORS[config.select], num_keyframes=config.num_keyframes
-    )
-    chosen = jax.jit(select)(embedding, mask)
+  chosen = selectors.select_videos(
+    config.select,
+    embedding[None],
+    mask[None],
+    num_keyframes=config.num_keyframes,
+    **(config.tad if config.select == "tad" else {}),
+  )
+  chosen = jax.tree.map(lambda leaf: leaf[0], chosen)
+  score = chosen.variation
+  if config.select != "tad":
     score = tad.score_videos(embedding[None], mask[None])[0]
   slot = np.asarray(chosen.index)[np.asarray(chosen.mask)]
   number = scan.frame_index[slot].astype(np.int64)

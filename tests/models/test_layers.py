@@ -34,6 +34,47 @@ def test_rms_norm_averages_bfloat16_in_float32():
 
 
 @JIT
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (2, 4), (5, 7)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_times_table(transform, shape, dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(*shape, 6)), dtype)
+  table = jnp.asarray(rng.normal(size=(9, 6)), dtype)
+  out = transform(lambda x, t: layers.times_table(x, t, jnp.float32))(x, table)
+  assert out.dtype == jnp.float32
+  expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_turned_layer_is_the_same(rows):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, rows, 6)), jnp.float32)
+  params, expected = {}, {}
+  for name, into, features in (("query", 1, (3, 2)), ("out", 2, (5,))):
+    shape = (6,) if into == 1 else (3, 2)
+    kernel = rng.normal(size=(*shape, *features)).astype(np.float32)
+    bias = rng.normal(size=features).astype(np.float32)
+    params[name] = {"kernel": kernel, "bias": bias}
+    product = np.tensordot(np.reshape(x, (2, rows, *shape)), kernel, into)
+    expected[name] = product + bias
+  turned = layers.turn(params)
+  for name, axis, features in (("query", -1, (3, 2)), ("out", (-2, -1), 5)):
+    assert "kernel" not in turned[name]
+    linear = layers.linear(
+      features,
+      use_bias=True,
+      std=1.0,
+      dtype="float32",
+      param_dtype="float32",
+      axis=axis,
+    )
+    given = x if name == "query" else x.reshape(2, rows, 3, 2)
+    out = linear.apply({"params": turned[name]}, given)
+    np.testing.assert_allclose(out, expected[name], atol=1e-5)
+
+
+@JIT
 def test_attend_by_hand(transform):
   # Width 4, so scores are q k / 2; 2 query heads share 1 key head.
   query = jnp.zeros((1, 1, 2, 4)).at[0, 0, 1, 0].set(2 * np.log(3.0))

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from cf_jax.models import vlm
+from cf_jax.models import lora, vlm
 
 B, G, S, C = 3, 2, 9, 4
 LENGTH = (9, 5, 7)  # real prompt slots
@@ -185,6 +186,29 @@ def test_cached_decode_equals_packed(config, params, case, decoded):
   assert_close(real(case, ours), real(case, expected))
 
 
+def test_decode_with_layers_apart_equals_packed(config, params, case):
+  """Also where adapters lie beside the kernels, which are turned."""
+  rng = jax.random.key(1)
+  adapters = lora.init(
+    params, rng, rank=2, alpha=4.0, modules=["^decoder/layers/"]
+  )
+  adapters = jax.tree.map(
+    lambda x: x + 0.3 * jax.random.normal(rng, x.shape), adapters
+  )
+  joined = traverse_util.unflatten_dict(
+    traverse_util.flatten_dict(params) | traverse_util.flatten_dict(adapters)
+  )
+
+  @jax.jit
+  def decoded(params):
+    return decoded_logits(config, params | vlm.unstacked(params), case)
+
+  for tree in (params, joined):
+    expected = real(case, PACKED(config, tree, case))
+    assert_close(real(case, decoded(tree)), expected)
+  assert np.abs(decoded(joined) - decoded(params)).max() > 0.1
+
+
 def test_packed_gradient_equals_repeated_prompts(config, params, case):
   def grads(logits):
     def loss(params, visual_tokens):
@@ -356,11 +380,11 @@ def test_prefix_cache_is_not_copied_to_completions(config, params, case):
     ),
     embedded,
   )
-  assert cache["key"].shape == (
-    config.num_hidden_layers,
+  assert len(cache["key"]) == config.num_hidden_layers
+  assert cache["key"][0].shape == (
     B,
-    S,
     config.num_key_value_heads,
+    S,
     config.head_dim,
   )
   own = vlm.init_completion_cache(config, B, G, C)
@@ -368,8 +392,8 @@ def test_prefix_cache_is_not_copied_to_completions(config, params, case):
   assert own["value"][0].shape == (
     B,
     G,
-    C,
     config.num_key_value_heads,
+    C,
     config.head_dim,
   )
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cf_jax import policy as policy_lib
-from cf_jax import sampling
+from cf_jax import sampling, selectors
 from cf_jax.data import patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, vlm
@@ -346,9 +346,9 @@ def test_end_ids(tokenizer, tmp_path):
       ends(broken)
 
 
-@pytest.mark.parametrize("select", sorted(ask.SELECTORS))
+@pytest.mark.parametrize("select", ask.SELECTORS)
 def test_every_selector_takes_what_it_is_given(select):
-  choose = functools.partial(ask.SELECTORS[select], num_keyframes=3)
+  choose = functools.partial(selectors.by_name(select), num_keyframes=3)
   found = jax.eval_shape(choose, jnp.zeros((32, 98)), jnp.ones(32, bool))
   assert found.index.shape == found.mask.shape == (3,)
 
@@ -427,13 +427,15 @@ def test_every_setting_is_read():
 def test_state_lies_on_the_mesh():
   """Heads of the caches are split, everything else is on every device."""
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
-  cache = {"key": np.zeros((1, 1, 4, 2, 8)), "value": np.zeros((1, 1, 4, 2, 8))}
+  prefix, own = np.zeros((1, 2, 4, 8)), np.zeros((1, 1, 2, 4, 8))
   tree = {
-    "prefix_cache": cache,
+    "prefix_cache": {"key": (prefix,), "value": (prefix,)},
+    "cache": {"key": (own,), "value": (own,)},
     "slot": np.int32(0),
     "key": np.zeros((1, 1, 2)),
   }
   places = sharding.tree_shardings(tree, mesh, ask._DECODING_RULES)
   specs = jax.tree.map(lambda place: tuple(place.spec), places)
-  assert specs["prefix_cache"]["key"][3] == "tensor"
+  assert specs["prefix_cache"]["key"][0][1] == "tensor"
+  assert specs["cache"]["value"][0][2] == "tensor"
   assert not any(specs["key"]) and not any(specs["slot"])
