@@ -9,10 +9,14 @@ uniform, ...) only re-indexes the visual tokens, because attention in the
 vision tower never crosses a temporal slice and every keyframe is its own slice.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cf_jax import grpo, vocabulary
+from cf_jax.data import patches
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.types import Rollout, View
@@ -45,6 +49,39 @@ def encode_frames(
       grid,
     )
   return token.reshape(batch, num_frames, *token.shape[1:])
+
+
+def make_frame_embedder(
+  config: model_config.VLMConfig,
+  params: dict,
+  size_px: tuple[int, int],
+) -> Callable[[np.ndarray], jax.Array]:
+  """uint8[n, h, w, 3] RGB -> float[n, D], the mean of a frame's visual tokens.
+
+  Args:
+    config: the model's shape.
+    params: parameters, of which those of the vision tower are enough.
+    size_px: (h, w), multiples of patch times merge.
+
+  Raises:
+    ValueError: the size does not divide.
+  """
+  vision = config.vision
+  cut = dict(patch=vision.patch_size, merge=vision.spatial_merge_size)
+  grid = patches.grid_of(*size_px, **cut)
+
+  @jax.jit
+  def encode(params, pixel):
+    token = encode_frames(config, params, pixel[None], grid=grid)[0]
+    return jnp.mean(token, axis=1)
+
+  def embed(frames):
+    pixel = patches.frames_to_patches(
+      frames, temporal=vision.temporal_patch_size, **cut
+    )
+    return encode(params, pixel)
+
+  return embed
 
 
 def show(encoded: jax.Array, frame: jax.Array) -> jax.Array:

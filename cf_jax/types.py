@@ -104,34 +104,43 @@ class Verdict:
       unless the component says otherwise (accuracy, format, ...).
     answer_span: bool[B, G, C] the tokens of the answer inside its tag.
     length: int32[B, G] completion tokens.
-    cited: bool[B, G, K] keyframes whose time the reasoning cites.
+    cited: bool[B, G, K] keyframes that the reasoning cites.
+    applies: dict of the same names -> bool[B], the samples that have the
+      component (each kind of question has its own); None means all.
   """
 
   component: dict[str, Array]
   answer_span: Array
   length: Array
   cited: Array
+  applies: dict[str, Array] | None = None
 
 
 @flax.struct.dataclass
 class Experience:
   """Everything one policy update reads; nothing here is recomputed in it.
 
+  A tower that is trained is differentiated: the update encodes `pixel`. One
+  that is frozen has already encoded the frames: the update reads `encoded`.
+  The other of the two is None.
+
   Attributes:
     view: View the completions were sampled under (ordered keyframes).
-    pixel: float[B, N, 4P, patch] patches of every encoded frame.
     rollout: Rollout.
     advantage: float32[B, G].
     ref_logprob: float32[B, G, C] under the frozen reference policy.
     group_mask: bool[B] False for groups left out of the loss.
+    pixel: float[B, K, 4P, patch] patches of the view's frames.
+    encoded: float[B, K, P, D] their visual tokens.
   """
 
   view: View
-  pixel: Array
   rollout: Rollout
   advantage: Array
   ref_logprob: Array
   group_mask: Array
+  pixel: Array | None = None
+  encoded: Array | None = None
 
 
 @flax.struct.dataclass

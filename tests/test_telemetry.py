@@ -209,6 +209,8 @@ def test_utilisation_is_operations_over_the_peak(monkeypatch):
     "time/video_s": 4.0,
     "time/step_s": 5.0,
     "mfu/update": 0.25,
+    "share/update": 0.4,
+    "work/update": 2 / 3,
     "mfu/step": 0.15,
   }
 

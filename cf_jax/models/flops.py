@@ -125,6 +125,51 @@ def update(
   return total
 
 
+def grpo_step(
+  config: VLMConfig,
+  trained: dict,
+  frozen: dict,
+  *,
+  grid: tuple[int, int],
+  num_frames: int,
+  num_shown: int,
+  prompt: dict[str, np.ndarray],
+  completion: np.ndarray,
+) -> dict[str, float]:
+  """Each phase of one KF-GRPO step.
+
+  Args:
+    config: the model.
+    trained: parameters that have a gradient; of the tower any, or none.
+    frozen: the others.
+    grid: (height, width) of a frame in patches.
+    num_frames: frames of all views of all videos, each encoded once.
+    num_shown: those of the keyframes' views.
+    prompt: int[B] real slots of each arm; completions are sampled under
+      "keyframes" and scored under the others.
+    completion: int[B, G] tokens, end tokens included.
+
+  Returns:
+    Operations of `vision`, `prefill`, `decode`, `score`, `reference`, `update`.
+  """
+  read = {arm: prompts(config, length) for arm, length in prompt.items()}
+  told = {
+    arm: completions(config, length, completion)
+    for arm, length in prompt.items()
+  }
+  decoder = read["keyframes"] + told["keyframes"]
+  # A frozen tower's tokens serve the reference and the update.
+  again = vision(config, num_shown, grid) if "vision" in trained else 0.0
+  return {
+    "vision": vision(config, num_frames, grid),
+    "prefill": read["keyframes"],
+    "decode": told["keyframes"],
+    "score": sum(read[arm] + told[arm] for arm in prompt if arm != "keyframes"),
+    "reference": again + decoder,
+    "update": update(trained, frozen, vision=again, decoder=decoder),
+  }
+
+
 def _kernel_size(tree: Any) -> int:
   return sum(
     leaf.size

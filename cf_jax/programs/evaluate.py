@@ -99,7 +99,9 @@ class Evaluator:
     seed = self._experiment.put(np.zeros((self._batch_size, 2), np.uint32))
     apart = self._sample.unstack(params)
     for prepared, real in self._prepared:
-      pixel = self._experiment.make_views.patches(prepared.frames)
+      pixel = self._experiment.make_views.patches(
+        experiment_lib.shown_frames(prepared)
+      )
       encoded = self._encode(params, self._experiment.put(pixel))
       for arm in self._arms:
         begun = self._sample.prefill(

@@ -27,7 +27,6 @@ from absl import logging
 from cf_jax import policy, sampling, views
 from cf_jax.data import (
   answers,
-  patches,
   pipeline,
   prompts,
   records,
@@ -197,9 +196,7 @@ def build(
     encode = _vision_descriptor(config, model, mesh)
   make_views = views.ViewMaker(
     tokenizer,
-    views.make_selector(
-      descriptor=config.scan.descriptor, encode=encode, **config.tad
-    ),
+    views.make_selector(**config.scan, encode=encode, **config.tad),
     reader,
     prompt=dict(config.prompt.build),
     max_prompt_tokens=config.prompt.max_tokens,
@@ -375,30 +372,15 @@ def _vision_descriptor(config, model, mesh):
   its feet while the policy trains.
   """
   params = policies.initial_params(config, model, mesh)
-  params = {"vision": params["vision"]}
-  height, width = config.data.loader.scan_size_px
-  grid = patches.grid_of(
-    height,
-    width,
-    patch=model.vision.patch_size,
-    merge=model.vision.spatial_merge_size,
+  embed = policy.make_frame_embedder(
+    model, {"vision": params["vision"]}, config.data.loader.scan_size_px
   )
 
-  @jax.jit
-  def encode(pixel):
-    token = policy.encode_frames(model, params, pixel, grid=grid)
-    return jnp.mean(token, axis=2)
+  def embed_scans(scan):
+    flat = embed(scan.reshape(-1, *scan.shape[2:]))
+    return flat.reshape(*scan.shape[:2], -1)
 
-  def embed(scan):
-    pixel = patches.frames_to_patches(
-      scan.reshape(-1, *scan.shape[2:]),
-      patch=model.vision.patch_size,
-      merge=model.vision.spatial_merge_size,
-      temporal=model.vision.temporal_patch_size,
-    )
-    return encode(pixel.reshape(*scan.shape[:2], *pixel.shape[1:]))
-
-  return embed
+  return embed_scans
 
 
 class Stage(NamedTuple):
@@ -417,6 +399,11 @@ class Stage(NamedTuple):
   state_shardings: TrainState
   frozen_shardings: dict
   optimizer: optax.GradientTransformation
+
+  @property
+  def trains_vision(self) -> bool:
+    """Is anything of the vision tower trained, adapters included?"""
+    return "vision" in self.state.params
 
 
 def stage_optimizer(
@@ -531,13 +518,28 @@ def make_sample_steps(
   )
 
 
+def shown_frames(prepared: views.Prepared) -> np.ndarray:
+  """The frames of a batch that its views show: uint8[B, n, height, width, 3].
+
+  They lie in blocks of K: keyframes, uniform frames, a blank one. Blocks after
+  the last one shown are left out, so that n depends on the arms alone.
+  """
+  num_slots = prepared.keyframes.index.shape[1]
+  last = max(int(view.frame.max()) for view in prepared.view.values())
+  return prepared.frames[:, : (last // num_slots + 1) * num_slots]
+
+
 def make_encode_step(experiment: Experiment):
   """Jitted vision: params, pixel -> visual tokens of every frame."""
 
   @jax.jit
   def encode_step(params, pixel):
-    return policy.encode_frames(
+    encoded = policy.encode_frames(
       experiment.model, params, pixel, grid=experiment.grid
+    )
+    # An update may read them, and wants its batch to lie so.
+    return jax.lax.with_sharding_constraint(
+      encoded, sharding.batch_sharding(experiment.mesh)
     )
 
   return encode_step

@@ -363,7 +363,7 @@ def cold_start(
         targets = Targets(
           view=view,
           pixel=experiment.make_views.patches(
-            prepared.frames[:, : view.frame.shape[1]]
+            experiment_lib.shown_frames(prepared)
           ),
           target=target_rollout(
             experiment.tokenizer,

@@ -83,23 +83,20 @@ def make_score_step(experiment: experiment_lib.Experiment):
   return score_step
 
 
-def make_reference_step(
-  experiment: experiment_lib.Experiment, stage: experiment_lib.Stage
-):
+def make_reference_step(experiment: experiment_lib.Experiment):
   """The reference policy's scores under the keyframes.
 
   params, View, pixel, encoded frames, Rollout -> log-probabilities [B, G, C].
+  Of the two, one is None, as in Experience: where the tower is trained, the
+  reference has its own; where it is frozen, they share it.
   """
   model, grid = experiment.model, experiment.grid
   banned = jnp.asarray(experiment.banned)
-  # A frozen vision tower encodes for the reference what it does for the policy.
-  vision_frozen = "vision" not in stage.state.params
 
   @jax.jit
   def reference_step(params, view: View, pixel, encoded, rollout):
     with jax.named_scope("reference"):
-      if not vision_frozen:
-        pixel = pixel[:, : view.frame.shape[1]]
+      if encoded is None:
         encoded = policy.encode_frames(model, params, pixel, grid=grid)
       return policy.completion_logprobs(
         model, params, view, encoded, rollout, banned
@@ -183,10 +180,9 @@ def grpo_loss(
   """
   whole = whole or batch
   counted = whole.rollout.mask & whole.group_mask[:, None, None]
-  num_slots = batch.view.frame.shape[1]
-  encoded = policy.encode_frames(
-    model, params, batch.pixel[:, :num_slots], grid=grid
-  )
+  encoded = batch.encoded
+  if encoded is None:
+    encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
   logprob, entropy = policy.completion_logprobs(
     model, params, batch.view, encoded, batch.rollout, banned
   )
@@ -286,7 +282,7 @@ def reinforce(
     experiment, **experiment.config.sampling
   )
   score_step = make_score_step(experiment)
-  reference_step = make_reference_step(experiment, stage)
+  reference_step = make_reference_step(experiment)
   reward_step = make_reward_step(experiment)
   update_step = make_update_step(experiment, stage)
   sample_rng = jax.random.fold_in(
@@ -320,8 +316,11 @@ def reinforce(
       with timer("data"):
         prepared, loader_state = next(stream)
         timer.add("video", stream.prepare_s)
-        pixel = experiment.put(experiment.make_views.patches(prepared.frames))
+        pixel = experiment.put(
+          experiment.make_views.patches(experiment_lib.shown_frames(prepared))
+        )
         view = experiment.put(prepared.view)
+        num_slots = view["keyframes"].frame.shape[1]
         seed = experiment.put(
           np.asarray(
             sampling.row_seeds(
@@ -332,6 +331,9 @@ def reinforce(
 
       with timer("vision"):
         encoded = jax.block_until_ready(encode_step(params, pixel))
+        # The reference and the update encode the keyframes again where the
+        # tower is trained; where it is frozen, pixels have served.
+        pixel = pixel[:, :num_slots] if stage.trains_vision else None
 
       with timer("prefill"):
         decoding = jax.block_until_ready(
@@ -347,6 +349,7 @@ def reinforce(
         shuffled, uniform = jax.block_until_ready(
           score_step(params, view, encoded, rollout)
         )
+        encoded = None if stage.trains_vision else encoded[:, :num_slots]
 
       with timer("reference"):
         reference = jax.block_until_ready(
@@ -356,7 +359,6 @@ def reinforce(
         )
 
       with timer("judge"):
-        num_slots = view["keyframes"].frame.shape[1]
         token, mask = jax.device_get((rollout.token, rollout.mask))
         samples = prepared.batch.samples
         frame_time_s = prepared.frame_time_s[:, :num_slots]
@@ -387,13 +389,15 @@ def reinforce(
           frozen,
           Experience(
             view=view["keyframes"],
-            pixel=pixel,
             rollout=rollout,
             advantage=advantage,
             ref_logprob=reference,
             group_mask=jnp.ones(advantage.shape[0], dtype=bool),
+            pixel=pixel,
+            encoded=encoded,
           ),
         )
+        del pixel, encoded  # or they would lie beside the next batch's
         params = optim.join(frozen, state.params)
         metrics = jax.device_get(metrics | update_metrics)
       count_work(timer, experiment, stage, prepared, mask)
@@ -458,31 +462,29 @@ def count_work(
     prepared: the batch.
     mask: bool[B, G, C] the rollouts.
   """
-  model, view = experiment.model, prepared.view
-  completion = mask.sum(axis=2)
+  view, completion = prepared.view, mask.sum(axis=2)
   prompt = {arm: view[arm].prompt.mask.sum(axis=1) for arm in view}
-  read = {arm: flops.prompts(model, prompt[arm]) for arm in view}
-  told = {
-    arm: flops.completions(model, prompt[arm], completion) for arm in view
-  }
-  batch, num_frames = prepared.frames.shape[:2]
+  batch, num_frames = experiment_lib.shown_frames(prepared).shape[:2]
+  read, told = int(prompt["keyframes"].sum()), int(completion.sum())
   num_visual = math.prod(experiment.make_views.merged_grid)
-  timer.count("vision", batch * num_frames * num_visual)
-  timer.flops(
-    "vision", flops.vision(model, batch * num_frames, experiment.grid)
-  )
-  timer.count("prefill", int(prompt["keyframes"].sum()))
-  timer.flops("prefill", read["keyframes"])
-  timer.count("decode", int(completion.sum()))
-  timer.flops("decode", told["keyframes"])
-  timer.flops(
-    "score", sum(read[arm] + told[arm] for arm in view if arm != "keyframes")
-  )
-  shown = 0.0  # a frozen tower's tokens are shared
-  if "vision" in stage.state.params:
-    shown = flops.vision(model, view["keyframes"].frame.size, experiment.grid)
-  timer.flops("reference", shown + read["keyframes"] + told["keyframes"])
-  sft.count_update(timer, experiment, stage, view["keyframes"], mask)
+  for phase, tokens in (
+    ("vision", batch * num_frames * num_visual),
+    ("prefill", read),
+    ("decode", told),
+    ("update", read + told),
+  ):
+    timer.count(phase, tokens)
+  for phase, operations in flops.grpo_step(
+    experiment.model,
+    stage.state.params,
+    stage.frozen,
+    grid=experiment.grid,
+    num_frames=batch * num_frames,
+    num_shown=view["keyframes"].frame.size,
+    prompt=prompt,
+    completion=completion,
+  ).items():
+    timer.flops(phase, operations)
 
 
 def task_accuracy(

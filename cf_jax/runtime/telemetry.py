@@ -468,9 +468,11 @@ class PhaseTimer:
 
     Returns:
       `time/<phase>_s` seconds per step, `time/step_s` the whole step with
-      what no phase covers, `rate/<phase>_per_s` where something was counted,
-      `mfu/<phase>` the share of the peak where operations were counted, and
-      `mfu/step` that of all of them in the whole step.
+      what no phase covers, `rate/<phase>_per_s` where something was counted;
+      where operations were counted, `mfu/<phase>` the share of the peak,
+      `share/<phase>` the phase's share of the step's seconds and
+      `work/<phase>` its share of the step's operations; and `mfu/step`, all
+      operations in the whole step.
     """
     steps = max(self._steps, 1)
     metrics = {
@@ -482,12 +484,15 @@ class PhaseTimer:
     for name, amount in self._count.items():
       if self._seconds[name] > 0:
         metrics[f"rate/{name}_per_s"] = amount / self._seconds[name]
+    all_flops = sum(self._flops.values())
     for name, amount in self._flops.items():
       best_s = amount / self._peak.flops_per_s
       if self._seconds[name] > 0:
         metrics[f"mfu/{name}"] = best_s / self._seconds[name]
+        metrics[f"share/{name}"] = self._seconds[name] / whole_s
+        metrics[f"work/{name}"] = amount / all_flops
     if self._flops:
-      best_s = sum(self._flops.values()) / self._peak.flops_per_s
+      best_s = all_flops / self._peak.flops_per_s
       metrics["mfu/step"] = best_s / whole_s
     self._reset()
     return metrics

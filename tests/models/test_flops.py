@@ -130,3 +130,38 @@ def test_update_by_what_is_trained(params, trained, expected):
 def test_adapters_alone_spare_the_gradient_of_the_kernels(params):
   trained = {"decoder": {"layers": {"query": {"lora_a": jnp.ones(3)}}}}
   assert flops.update(trained, params, vision=1.0, decoder=10.0) == 1 + 2 * 10
+
+
+def test_a_step_is_its_phases(model, params):
+  """Two videos: two shuffled views as long as the keyframes', a longer one."""
+  lengths = {"keyframes": 20, "shuffled": 20, "shuffled_1": 20, "uniform": 30}
+  completion = np.full((2, 3), 4)
+
+  def count(trained):
+    return flops.grpo_step(
+      model,
+      {name: params[name] for name in trained},
+      {name: params[name] for name in params if name not in trained},
+      grid=(4, 4),
+      num_frames=16,
+      num_shown=8,
+      prompt={arm: np.full(2, length) for arm, length in lengths.items()},
+      completion=completion,
+    )
+
+  def forward(length):
+    slots = np.full(2, length)
+    return flops.prompts(model, slots) + flops.completions(
+      model, slots, completion
+    )
+
+  frozen, trained = count(("decoder",)), count(("vision", "decoder"))
+  tower = flops.vision(model, 1, (4, 4))
+  for found in (frozen, trained):
+    assert found["vision"] == 16 * tower
+    assert found["prefill"] + found["decode"] == forward(20)
+    assert found["score"] == 2 * forward(20) + forward(30)
+  assert frozen["reference"] == forward(20)
+  assert frozen["update"] == 3 * forward(20)
+  assert trained["reference"] == 8 * tower + forward(20)
+  assert trained["update"] == 3 * (8 * tower + forward(20))

@@ -53,6 +53,30 @@ def test_videos_are_prepared_once(experiment, params, monkeypatch):
   assert judge.run(params)["keyframes"].text == first["keyframes"].text
 
 
+@pytest.mark.parametrize(
+  ("arms", "count"),
+  [
+    (("keyframes",), 4),
+    (("shuffled", "blind"), 4),
+    (("keyframes", "uniform"), 8),
+    (("single",), 8),
+    (("times", "keyframes"), 9),
+  ],
+)
+def test_frames_that_no_arm_shows_are_not_encoded(experiment, arms, count):
+  """Of four keyframes, four uniform frames and a blank one."""
+  judge = evaluate.Evaluator(
+    experiment, experiment.samples["dev"][:3], arms, batch_size=3, max_tokens=4
+  )
+  judge.prepare()
+  ((prepared, _),) = judge._prepared
+  assert prepared.frames.shape[1] == 9
+  shown = experiment_lib.shown_frames(prepared)
+  np.testing.assert_array_equal(shown, prepared.frames[:, :count])
+  for view in prepared.view.values():
+    assert view.frame.max() < count
+
+
 def test_a_batch_divides_over_the_devices(experiment):
   """Six samples on eight devices are filled up to eight rows."""
 

