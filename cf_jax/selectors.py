@@ -7,7 +7,13 @@ num_keyframes, ...)`, as `tad.select_keyframes` does, and returns Keyframes: the
 frames in order of time, each the whole of its one-hot weight row, in segments
 that meet half-way between neighbouring keyframes. They find no apexes and have
 no gradient but that of the chosen embeddings. vmap and jit them as you like.
+
+`SELECTORS` names them, and the layer itself, for settings and benchmarks;
+`select_videos` is the jitted vmap of one of them.
 """
+
+import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -186,10 +192,14 @@ def aks(
 
   A segment with n frames to give keeps them all, its n best, if their mean
   score exceeds the segment's by more than `threshold`; else it is halved and
-  each half gets half of them. Scores are scaled to [0, 1]. The first half takes
-  the odd frame, of the video and of the n, so that exactly K are given.
+  each half gets half of them. Scores are scaled to [0, 1]. The second half
+  takes the odd frame, of the video and of the n, so that exactly K are given.
 
-  Reference: Adaptive Keyframe Sampling (arXiv 2502.21271).
+  Reference: Adaptive Keyframe Sampling (arXiv 2502.21271) and its public code.
+  That code judges every segment by its K best frames, whatever its share, and
+  rounds shares down: below 32 frames parts of the video get none, so that fewer
+  than K come out. Where K is a multiple of 32 and no part stands out after the
+  first halving, the frames are the same.
 
   Args:
     embedding: float[T, E].
@@ -234,13 +244,90 @@ def aks(
     best = segment_mean(scaled, best_of_segment(start, share), start)
     mean = segment_mean(scaled, mask, start)
     alive &= (best - mean <= threshold) & (share > 1)
-    half = (length + 1) // 2
+    half, less = length // 2, share // 2
     second = alive & (rank >= start + half)
     start = start + jnp.where(second, half, 0)
     length = jnp.where(alive, jnp.where(second, length - half, half), length)
-    more = (share + 1) // 2
-    share = jnp.where(alive, jnp.where(second, share - more, more), share)
+    share = jnp.where(alive, jnp.where(second, share - less, less), share)
 
   chosen = best_of_segment(start, share)
   order = _highest(scaled, chosen, num_keyframes)
   return _as_keyframes(embedding, mask, order, scaled)
+
+
+# One of them, by name --------------------------------------------------------
+
+# Each takes (embedding, mask, *, num_keyframes); "random" also needs rng.
+SELECTORS = {
+  "tad": tad.select_keyframes,
+  "uniform": uniform,
+  "random": random,
+  "top_k": top_k,
+  "aks": aks,
+  "k_center": k_center,
+  "k_center_median": functools.partial(k_center, median=True),
+  "all_frames": all_frames,
+}
+
+
+def by_name(name: str) -> Callable[..., Keyframes]:
+  """The selector of a setting.
+
+  Raises:
+    ValueError: no selector has this name.
+  """
+  if name not in SELECTORS:
+    raise ValueError(
+      f"a selector named {name!r} does not exist, expected one of"
+      f" {', '.join(map(repr, SELECTORS))}"
+    )
+  return SELECTORS[name]
+
+
+@functools.partial(
+  jax.jit, static_argnames=("name", "num_keyframes", "median", "depth")
+)
+def _select_batch(name, embedding, mask, rng, query, *, num_keyframes, **rest):
+  select = functools.partial(by_name(name), num_keyframes=num_keyframes, **rest)
+
+  def one(embedding, mask, rng, query):
+    arrays = {"rng": rng, "query": query}
+    given = {k: array for k, array in arrays.items() if array is not None}
+    return select(embedding, mask, **given)
+
+  return jax.vmap(one)(embedding, mask, rng, query)
+
+
+def select_videos(
+  name: str,
+  embedding: Array,
+  mask: Array | None = None,
+  *,
+  num_keyframes: int,
+  rng: Array | None = None,
+  query: Array | None = None,
+  **settings,
+) -> Keyframes:
+  """The selector `name` over a batch, jit-compiled.
+
+  Args:
+    name: a key of `SELECTORS`; "tad" is `tad.select_videos`.
+    embedding: float[B, T, E].
+    mask: bool[B, T] or None.
+    num_keyframes: K.
+    rng: for "random" and a stochastic "tad": a key, split over the videos. For
+      "random" also B keys, one for each.
+    query: float[B, E] or None, for "tad", "top_k" and "aks".
+    **settings: others of that selector.
+
+  Returns:
+    Keyframes, every field with a leading B.
+  """
+  by_name(name)
+  chex.assert_rank(embedding, 3)
+  settings["num_keyframes"] = num_keyframes
+  if name == "tad":
+    return tad.select_videos(embedding, mask, rng=rng, query=query, **settings)
+  if rng is not None and rng.ndim == 0:
+    rng = jax.random.split(rng, embedding.shape[0])
+  return _select_batch(name, embedding, mask, rng, query, **settings)

@@ -119,14 +119,39 @@ def _shift(value: Array, steps: int) -> Array:
   return jax.lax.slice_in_dim(jnp.pad(value, pad), start, start + size)
 
 
+@jax.custom_jvp
+def _middle(before: Array, own: Array, after: Array) -> Array:
+  low, high = jnp.minimum(before, after), jnp.maximum(before, after)
+  return jnp.maximum(low, jnp.minimum(high, own))
+
+
+@_middle.defjvp
+def _middle_jvp(primals, tangents):
+  """The tangent of the chosen one; the frame's own among equals."""
+  before, own, _ = primals
+  median = _middle(*primals)
+  from_before, from_own, from_after = tangents
+  other = jnp.where(median == before, from_before, from_after)
+  return median, jnp.where(median == own, from_own, other)
+
+
+def _inner_medians(feature: Array, count: Array) -> Array:
+  """[T - 2, E]: `_median_of_three` but for the first row and the last.
+
+  With slices alone, nothing padded, XLA makes this one pass.
+  """
+  own = feature[1:-1]
+  median = _middle(feature[:-2], own, feature[2:])
+  last = jnp.arange(own.shape[0])[:, None] >= count - 2
+  return jnp.where(last, own, median)
+
+
 def _median_of_three(feature: Array, count: Array) -> Array:
   """Median over a frame and its two neighbours; the end frames stay."""
-  time = jnp.arange(feature.shape[0])[:, None]
-  before = jnp.where(time > 0, _shift(feature, -1), feature)
-  after = jnp.where(time < count - 1, _shift(feature, 1), feature)
-  low = jnp.minimum(before, after)
-  high = jnp.maximum(before, after)
-  return jnp.maximum(low, jnp.minimum(high, feature))
+  if feature.shape[0] < 3:
+    return feature
+  inner = _inner_medians(feature, count)
+  return jnp.concatenate([feature[:1], inner, feature[-1:]])
 
 
 def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
@@ -148,20 +173,114 @@ def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
 
 
 def _window_sums(value: Array, scale: int) -> Array:
-  """Sum of rows t to t + scale - 1, by doubling.
+  """Sum of rows t to t + scale - 1, by doubling; `scale - 1` rows fewer.
 
   A running total would lose the digits of a window late in a long video, and
   would make the score of a chunk depend on what came before it.
   """
-  total, offset, width, block = 0, 0, 1, value
+  size = value.shape[0] - scale + 1
+  total, offset, width, block = None, 0, 1, value
   while True:
     if scale & width:
-      total += _shift(block, offset)
+      part = block[offset : offset + size]
+      total = part if total is None else total + part
       offset += width
     if 2 * width > scale:
       return total
-    block += _shift(block, width)
+    block = block[:-width] + block[width:]
     width *= 2
+
+
+_FOLD = 10  # so many rows of a sum are unrolled, and the rest is vectors
+
+
+@jax.custom_jvp
+def _row_dots(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+  """[n] sums of left * right over the last axis, for pairs of [n, E]."""
+  return jax.lax.platform_dependent(
+    left, right, cpu=_row_dots_at_once, default=_row_dots_one_by_one
+  )
+
+
+@_row_dots.defjvp
+def _row_dots_jvp(primals, tangents):
+  slope = [
+    a + b
+    for a, b in zip(
+      _row_dots_one_by_one(tangents[0], primals[1]),
+      _row_dots_one_by_one(primals[0], tangents[1]),
+    )
+  ]
+  return _row_dots(*primals), slope
+
+
+def _row_dots_one_by_one(left, right):
+  return [jnp.sum(a * b, axis=-1) for a, b in zip(left, right)]
+
+
+def _row_dots_at_once(left, right):
+  """One pass over all pairs.
+
+  XLA on CPU writes a product to memory before it sums its rows, and sums a row
+  one number after the other. It does neither for one reduction with several
+  results over an axis that is not the last and short enough to be unrolled.
+  """
+  width = left[0].shape[-1]
+  fold = next(n for n in range(min(_FOLD, width), 0, -1) if width % n == 0)
+  shape = (-1, fold, width // fold)
+  product = [(a * b).reshape(shape) for a, b in zip(left, right)]
+  zero = [jnp.zeros((), value.dtype) for value in product]
+  partial = jax.lax.reduce(
+    product, zero, lambda x, y: [a + b for a, b in zip(x, y)], (1,)
+  )
+  return [jnp.sum(value, axis=-1) for value in partial]
+
+
+def _window_dots(
+  frame: Array, scales: tuple[int, ...]
+) -> tuple[list[Array], list[Array]]:
+  """Squared norms of the windows of `frame`, and their dots with those before.
+
+  For rows `max(scales)` to `len(frame) - max(scales)`, for each scale.
+  """
+  lead = max(scales)
+  size = frame.shape[0] - 2 * lead + 1
+  left, right = [], []
+  for scale in scales:
+    window = _window_sums(frame, scale)
+    after = window[lead : lead + size]
+    left += [after, after]
+    right += [after, window[lead - scale : lead - scale + size]]
+  value = _row_dots(left, right)
+  return value[::2], value[1::2]
+
+
+def _all_window_dots(
+  first: Array, inner: Array, last: Array, scales: tuple[int, ...]
+) -> tuple[list[Array], list[Array]]:
+  """`_window_dots` of windows that start at -max(scales) to T - 1.
+
+  The video is `first`, `inner` and `last` in a row, and zeros beyond its ends.
+  `inner` is all but a row or none on either side, and is not copied.
+  """
+  lead = max(scales)
+  reach = 2 * lead - 1
+
+  def padded(before, *rows, after):
+    joined = jnp.concatenate(rows)
+    return jnp.pad(joined, ((before, after), (0, 0)))
+
+  if inner.shape[0] < 2 * reach:
+    whole = padded(2 * lead, first, inner, last, after=lead - 1)
+    return _window_dots(whole, scales)
+  parts = [
+    _window_dots(padded(2 * lead, first, inner[:reach], after=0), scales),
+    _window_dots(inner, scales),
+  ]
+  if lead - 1 + last.shape[0]:
+    end = padded(0, inner[-reach:], last, after=lead - 1)
+    parts.append(_window_dots(end, scales))
+  return jax.tree.map(lambda *value: jnp.concatenate(value), *parts)
 
 
 def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
@@ -187,25 +306,27 @@ def _variation(
   smoothing: float,
 ) -> Array:
   """`variation_scores` of the first `count` frames; the other rows are 0."""
-  num_frames = feature.shape[0]
-  time = jnp.arange(num_frames)
-  real = (time < count).astype(feature.dtype)
-  source = _median_of_three(feature, count) if median else feature
-  source = jnp.where(real[:, None] > 0, source, 0)
-  # Zeros in front and behind: windows that stick out end at the video's end.
+  time = jnp.arange(feature.shape[0])
+  if median and time.size > 2:
+    inner = _inner_medians(feature, count)
+    parts = (feature[:1], inner, feature[-1:])
+  else:
+    parts = (feature[:0], feature, feature[:0])
+  # Rows from `count` on are zero: windows that stick out end at the video's.
+  squares, dots = _all_window_dots(*parts, scales)
   lead = max(scales)
-  source = jnp.pad(source, ((lead, 0), (0, 0)))
-  real = jnp.pad(real, (lead, 0))
   total = 0
-  for scale in scales:
-    window = _window_sums(source, scale)
+  for scale, square, dot in zip(scales, squares, dots):
+    dot = dot[lead:]
+    before = square[lead - scale : square.shape[0] - scale]
+    after = square[lead:]
     if metric == "l2":  # the cosine of sums is that of means
-      width = _window_sums(real, scale)
-      window /= jnp.maximum(width, 1)[:, None]
-    square = jnp.sum(window * window, axis=-1)
-    start = lead - scale
-    dot = jnp.sum(window[lead:] * window[start:-scale], axis=-1)
-    total += _distance(dot, square[start:-scale], square[lead:], metric)
+      width = jnp.clip(time, 1, scale).astype(dot.dtype)
+      ahead = jnp.clip(count - time, 1, scale).astype(dot.dtype)
+      dot = dot / (width * ahead)
+      before = before / width**2
+      after = after / ahead**2
+    total += _distance(dot, before, after, metric)
   inside = (time > 0) & (time < count)
   score = jnp.where(inside, total / len(scales), 0)
   if smoothing:
@@ -622,19 +743,25 @@ def _dot(weight: Array, feature: Array) -> Array:
   return jnp.matmul(weight, feature, precision=jax.lax.Precision.HIGHEST)
 
 
-def _cosine(left: Array, right: Array) -> Array:
-  """Cosine along the last axis; 0, with zero gradient, beside a zero vector."""
-  norm = jnp.sum(left * left, -1) * jnp.sum(right * right, -1)
+def _over_norm(dot: Array, norm: Array) -> Array:
+  """dot / sqrt(norm); 0, with zero gradient, beside a zero vector."""
   empty = norm == 0
-  root = jnp.sqrt(jnp.where(empty, 1, norm))
-  return jnp.where(empty, 0, jnp.sum(left * right, -1) / root)
+  return jnp.where(empty, 0, dot / jnp.sqrt(jnp.where(empty, 1, norm)))
+
+
+def _cosine(left: Array, right: Array) -> Array:
+  """[T] cosine of the rows of two [T, E]."""
+  one, other, dot = _row_dots([left, right, left], [left, right, right])
+  return _over_norm(dot, one * other)
 
 
 def relevance_scores(embedding: Array, query: Array) -> Array:
   """float[T]: the cosine of every frame with a query, float[E]."""
   chex.assert_rank([embedding, query], [2, 1])
   feature = _widen(embedding)
-  return _cosine(feature, query.astype(feature.dtype))
+  query = query.astype(feature.dtype)
+  (square,) = _row_dots([feature], [feature])
+  return _over_norm(_dot(feature, query), square * jnp.sum(query * query))
 
 
 SHOWN = ("calmest", "middle", "medoid", "first", "apex")

@@ -12,6 +12,7 @@ time labels and positions of the keyframes' slots: only the pictures move.
 
 import functools
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cf_jax import tad
+from cf_jax import selectors, tad
 from cf_jax.data import patches, pipeline, prompts, records
 from cf_jax.types import Keyframes, Prompt, View
 
@@ -83,14 +84,21 @@ def permute_slots(
 
 
 def make_selector(
-  *, descriptor: str, encode: Callable | None = None, **settings
+  *,
+  descriptor: str,
+  select: str = "tad",
+  encode: Callable | None = None,
+  **settings,
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Keyframes, jax.Array]]:
   """The jitted scan: small frames -> keyframes and uniform frame numbers.
 
   Args:
     descriptor: "pixels" (no weights) or "vision" (the policy's own tower).
+    select: "tad" or a baseline, a key of `selectors.SELECTORS`. "random" shows
+      the same frames of a video every time.
     encode: for "vision": uint8[B, T, h, w, 3] -> float[B, T, E].
-    **settings: of `tad.select_keyframes`.
+    **settings: of `tad.select_keyframes`; a baseline takes `num_keyframes` and
+      leaves the others.
 
   Returns:
     A function of scan uint8[B, T, h, w, 3] and mask bool[B, T] that gives
@@ -110,16 +118,27 @@ def make_selector(
       f"descriptor must be 'pixels' or 'vision', got {descriptor!r}; change"
       " config.scan.descriptor"
     )
+  try:
+    selectors.by_name(select)
+  except ValueError as error:
+    raise ValueError(f"{error}; change config.scan.select") from None
   num_keyframes = settings["num_keyframes"]
+  if select != "tad":
+    settings = dict(num_keyframes=num_keyframes)
   uniform = jax.jit(
     jax.vmap(functools.partial(tad.uniform_index, num_keyframes=num_keyframes))
   )
 
-  def select(scan, mask):
-    keyframes = tad.select_videos(embed(scan), jnp.asarray(mask), **settings)
-    return keyframes, uniform(jnp.asarray(mask))
+  def choose(scan, mask):
+    how = dict(settings)
+    if select == "random":  # by what a video shows, not where it stands
+      seeds = [zlib.crc32(np.ascontiguousarray(video)) for video in scan]
+      how["rng"] = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+    mask = jnp.asarray(mask)
+    keyframes = selectors.select_videos(select, embed(scan), mask, **how)
+    return keyframes, uniform(mask)
 
-  return select
+  return choose
 
 
 class ViewMaker:
@@ -268,7 +287,7 @@ class ViewMaker:
       frame_mask=mask,
       view=made,
       can_shuffle=num_valid >= 2,
-      has_apex=keyframes.apex.any(axis=1),
+      has_apex=np.any(keyframes.index != uniform, axis=1),
     )
 
   def patches(self, frames: np.ndarray) -> np.ndarray:

@@ -66,7 +66,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
 
   # -- selection: the scan is cheap, only the chosen frames are encoded
-  config.scan = dict(descriptor="pixels")  # or "vision": the initial tower
+  config.scan = dict(
+    descriptor="pixels",  # or "vision": the initial tower
+    # "tad", or a control: "uniform", "random", "top_k", "aks", "k_center",
+    # "k_center_median", "all_frames". These read tad.num_keyframes alone.
+    select="tad",
+  )
   config.tad = dict(num_keyframes=8, selection="soft")
 
   # -- prompts and policy

@@ -34,6 +34,7 @@ ALL = {
   "random": {"rng": jax.random.key(3)},
   "top_k": {},
   "k_center": {},
+  "k_center_median": {},
   "aks": {},
 }
 
@@ -46,7 +47,7 @@ def test_what_always_holds(name, number):
   frames = rng.normal(size=(12, 5)).astype(np.float32)
   mask = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0], bool)
   frames[~mask] = np.nan
-  selector = getattr(selectors, name)
+  selector = selectors.by_name(name)
   keyframes = run(selector, frames, mask, num_keyframes=number, **ALL[name])
   shown = min(number, 7)
   index, real = np.asarray(keyframes.index), np.asarray(keyframes.mask)
@@ -145,12 +146,77 @@ def test_aks():
   assert flat.index.tolist() == [1, 2]
 
 
-def test_aks_gives_the_odd_frame_to_the_first_half():
-  # Three for seven frames: two for the first four, one for the last three;
-  # then one each for frames 0, 1 and 2, 3, and the best of 4, 5, 6.
+def test_aks_gives_the_odd_frame_to_the_second_half():
+  # Three for seven frames: one for the first three, two for the last four;
+  # then one each for frames 3, 4 and 5, 6.
   frames = with_relevance(0.3, 0.4, 0.1, 0.2, 0.0, 0.1, 0.6)
   keyframes = run(selectors.aks, frames, num_keyframes=3, query=QUERY)
   assert keyframes.index.tolist() == [1, 3, 6]
+  # Of five alike: one of the first two, and of three one and one of two.
+  frames = with_relevance(*[0.5] * 5)
+  keyframes = run(selectors.aks, frames, num_keyframes=3, query=QUERY)
+  assert keyframes.index.tolist() == [0, 2, 3]
+
+
+def split_by_relevance(score, number, threshold, depth, judged):
+  """The recursion of the paper on numpy numbers; frames that are kept.
+
+  `judged` is how many of the best speak for a segment: its share (None), or a
+  number for all, as in the public code.
+  """
+  kept = []
+
+  def visit(frames, share, depth):
+    best = sorted(frames, key=lambda t: -score[t])  # earlier first among equals
+    top = best[: judged or share]
+    stands_out = np.mean(score[top]) - np.mean(score[frames]) > threshold
+    if stands_out or depth == 0 or share <= 1:
+      kept.extend(best[:share])
+      return
+    half = len(frames) // 2
+    visit(frames[:half], share // 2, depth - 1)
+    visit(frames[half:], share - share // 2, depth - 1)
+
+  visit(list(range(len(score))), number, depth)
+  return sorted(kept)
+
+
+@pytest.mark.parametrize("number", [5, 8, 13])
+@pytest.mark.parametrize("threshold", [0.2, 0.4, 0.8])
+def test_aks_equals_its_recursion(number, threshold):
+  rng = np.random.default_rng(number)
+  cosine = rng.beta(0.4, 2.0, 61).round(2)  # peaks, and ties
+  mask = rng.random(61) < 0.8
+  keyframes = run(
+    selectors.aks,
+    with_relevance(*cosine),
+    mask,
+    num_keyframes=number,
+    query=QUERY,
+    threshold=threshold,
+  )
+  score = np.asarray(keyframes.score)[mask]
+  assert score.min() == 0 and score.max() == 1
+  kept = split_by_relevance(score, number, threshold, 5, judged=None)
+  assert keyframes.index.tolist() == np.flatnonzero(mask)[kept].tolist()
+
+
+@pytest.mark.parametrize("size", [200, 333, 700])
+def test_aks_equals_the_public_procedure(size):
+  """With the settings it was published with, and 64 frames."""
+  rng = np.random.default_rng(size)
+  cosine = rng.random(size)
+  if size == 700:  # frames that stand out at once
+    cosine *= 0.05
+    cosine[rng.permutation(size)[:70]] = 0.9 + 0.1 * rng.random(70)
+  keyframes = run(
+    selectors.aks, with_relevance(*cosine), num_keyframes=64, query=QUERY
+  )
+  score = np.asarray(keyframes.score)
+  kept = split_by_relevance(score, 64, 0.8, 5, judged=64)
+  assert keyframes.index.tolist() == kept and len(kept) == 64
+  best = sorted(np.argsort(-score, kind="stable")[:64].tolist())
+  assert (kept == best) == (size == 700)
 
 
 def test_aks_by_halves_is_one_frame_per_part():
@@ -162,3 +228,46 @@ def test_aks_by_halves_is_one_frame_per_part():
 def test_number_out_of_range():
   with pytest.raises(ValueError, match="num_keyframes=0"):
     selectors.uniform(jnp.ones((4, 2)), num_keyframes=0)
+
+
+# -- by name
+
+
+def test_every_selector_has_a_name_and_a_case():
+  assert set(selectors.SELECTORS) == {*ALL, "tad", "all_frames"}
+  with pytest.raises(ValueError, match="named 'k-center' .* 'k_center',"):
+    selectors.by_name("k-center")
+
+
+@pytest.mark.parametrize("name", [*ALL, "all_frames"])
+def test_a_batch_is_a_loop(name):
+  rng = np.random.default_rng(1)
+  frames = rng.normal(size=(3, 10, 4)).astype(np.float32)
+  mask = np.arange(10) < np.array([[10], [7], [2]])
+  number = 10 if name == "all_frames" else 4
+  arrays = {}
+  if name == "random":
+    arrays["rng"] = jax.random.split(jax.random.key(2), 3)
+  if name == "aks":
+    arrays["query"] = rng.normal(size=(3, 4)).astype(np.float32)
+  found = selectors.select_videos(
+    name, frames, mask, num_keyframes=number, **arrays
+  )
+  one = jax.jit(
+    functools.partial(selectors.by_name(name), num_keyframes=number)
+  )
+  for video in range(3):
+    alone = one(
+      frames[video], mask[video], **{k: v[video] for k, v in arrays.items()}
+    )
+    assert found.index[video].tolist() == alone.index.tolist()
+    np.testing.assert_allclose(found.score[video], alone.score, atol=1e-5)
+  assert found.mask.sum(1).tolist() == [number, min(number, 7), 2]
+
+
+def test_a_key_is_split_over_the_videos():
+  frames = jnp.ones((8, 100, 2))
+  found = selectors.select_videos(
+    "random", frames, num_keyframes=3, rng=jax.random.key(0)
+  )
+  assert len({tuple(row) for row in found.index.tolist()}) == 8

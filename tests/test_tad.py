@@ -708,7 +708,8 @@ def test_straight_through():
   assert hard.index.tolist() == soft.index.tolist()
   np.testing.assert_array_equal(hard.embedding, frames[hard.index])
   np.testing.assert_array_equal(hard.weight, jax.nn.one_hot(hard.index, 40))
-  np.testing.assert_array_equal(hard_slope, soft_slope)
+  # Two programs add in different orders: equal but for the last digit.
+  np.testing.assert_allclose(hard_slope, soft_slope, rtol=0, atol=2e-7)
 
 
 def test_straight_through_tokens():

@@ -266,6 +266,26 @@ def test_selector_errors(experiment):
     views.make_selector(descriptor="clip", **experiment.config.tad)
   with pytest.raises(ValueError, match="vision tower"):
     views.make_selector(descriptor="vision", **experiment.config.tad)
+  with pytest.raises(ValueError, match="'tadd' .*change config.scan.select"):
+    views.make_selector(
+      descriptor="pixels", select="tadd", **experiment.config.tad
+    )
+
+
+@pytest.mark.parametrize("select", ["k_center", "random", "uniform"])
+def test_keyframes_of_another_selector(experiment, batch, select):
+  tad = dict(experiment.config.tad)
+  choose = views.make_selector(descriptor="pixels", select=select, **tad)
+  keyframes, uniform = choose(batch.scan, batch.scan_mask)
+  again, _ = choose(batch.scan[::-1], batch.scan_mask[::-1])
+  np.testing.assert_array_equal(again.index[::-1], keyframes.index)
+  ours, _ = views.make_selector(descriptor="pixels", **tad)(
+    batch.scan, batch.scan_mask
+  )
+  assert np.any(ours.index != keyframes.index)
+  assert np.all(keyframes.index == uniform) == (select == "uniform")
+  if select == "random":  # no two videos the same frames
+    assert len(np.unique(keyframes.index, axis=0)) == len(batch.samples)
 
 
 def test_scan_by_the_vision_tower(experiment, batch, cache_dir, tmp_path):
