@@ -6,9 +6,12 @@ keyframes, `C` completion slots.
 What the completions say was turned into numbers by `data/answers.py`. The
 formulas of the contrast bonus and of saliency are ours; they are not taken from
 the ChronoForge-RL paper.
+
+A batch may hold questions of different kinds. Each has its own components: what
+does not apply to a sample is no part of its reward and of no mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import chex
 import jax
@@ -18,12 +21,21 @@ from cf_jax import masked
 
 
 def combine(
-  component: Mapping[str, jax.Array], *, weight: Mapping[str, float]
+  component: Mapping[str, jax.Array],
+  applies: Mapping[str, jax.Array] | None = None,
+  *,
+  weight: Mapping[str, float],
 ) -> jax.Array:
-  """`sum_j weight_j * component_j`.
+  """`sum_j weight_j * component_j` over the components a sample has.
+
+  The sums of the neighbouring systems are weights: 1 for format, iou, accuracy
+  and event_recall (arXiv 2504.06958), 0.5 for accuracy and iou (2506.01908),
+  2 for selected_accuracy, 1 for index and format, 0.2 for length (2505.15447).
 
   Args:
     component: name -> float[B, G]; one without a weight is only logged.
+    applies: name -> bool[B] samples that have the component; None means all,
+      and so does a name that is not there.
     weight: name -> factor.
 
   Returns:
@@ -38,10 +50,119 @@ def combine(
       f"weights for {unknown or 'nothing'}, but the components are"
       f" {sorted(component)}; change config.reward.weight"
     )
-  return sum(
-    factor * component[name].astype(jnp.float32)
-    for name, factor in sorted(weight.items())
-  )
+
+  def term(name):
+    value = component[name].astype(jnp.float32)
+    if applies is None or name not in applies:
+      return value
+    return jnp.where(applies[name][:, None], value, 0)
+
+  return sum(factor * term(name) for name, factor in sorted(weight.items()))
+
+
+def component_means(
+  component: Mapping[str, jax.Array],
+  applies: Mapping[str, jax.Array] | None = None,
+) -> dict[str, jax.Array]:
+  """The mean of every component over the samples that have it.
+
+  Args:
+    component: name -> float[B, G].
+    applies: as in `combine`.
+
+  Returns:
+    name -> float32[]; 0 where no sample of the batch has it.
+  """
+  means = {}
+  for name, value in component.items():
+    if applies is None or name not in applies:
+      means[name] = jnp.mean(value)
+    else:
+      means[name] = masked.masked_mean(value, applies[name][:, None])
+  return means
+
+
+def group_means(
+  value: jax.Array, group: jax.Array, *, num_groups: int
+) -> tuple[jax.Array, jax.Array]:
+  """The mean of a number within every kind of question: reward by task.
+
+  Args:
+    value: float[B, G].
+    group: int32[B] in [0, num_groups).
+    num_groups: kinds of a run.
+
+  Returns:
+    float32[num_groups], 0 where a kind is not in the batch; int32[num_groups]
+    samples of each kind.
+  """
+  member = group == jnp.arange(num_groups)[:, None]
+  every = jnp.broadcast_to(value, (num_groups, *value.shape))
+  mean = masked.masked_mean(every, member[..., None], axis=(1, 2))
+  return mean, jnp.sum(member, axis=1)
+
+
+def main_component(
+  component: Mapping[str, jax.Array],
+  applies: Mapping[str, jax.Array] | None = None,
+  *,
+  order: Sequence[str] = ("accuracy", "iou", "event_recall"),
+) -> jax.Array:
+  """What decides whether a rollout is right: a sample's first component.
+
+  Args:
+    component: name -> float[B, G].
+    applies: as in `combine`.
+    order: names, the most telling first; those not in `component` are skipped.
+
+  Returns:
+    float32[B, G]; 0 where a sample has none of them.
+
+  Raises:
+    ValueError: none of the names is there.
+  """
+  names = [name for name in order if name in component]
+  if not names:
+    raise ValueError(
+      f"none of {list(order)} is among the components {sorted(component)};"
+      " change config.answers.components"
+    )
+  made = jnp.zeros_like(component[names[0]])
+  for name in reversed(names):
+    value = component[name]
+    if applies is not None and name in applies:
+      made = jnp.where(applies[name][:, None], value, made)
+    else:
+      made = value
+  return made
+
+
+def with_product(
+  component: Mapping[str, jax.Array], *, name: str, factors: Sequence[str]
+) -> dict[str, jax.Array]:
+  """The components and the product of some of them.
+
+  ViaRL's accuracy counts only with a readable frame list: name
+  "selected_accuracy", factors ("accuracy", "index") (arXiv 2505.15447).
+
+  Args:
+    component: name -> float[B, G].
+    name: of the product.
+    factors: names of what is multiplied.
+
+  Raises:
+    ValueError: a factor that is not there.
+  """
+  unknown = sorted(set(factors) - set(component))
+  if unknown or not factors:
+    raise ValueError(
+      f"factors {unknown or 'none'}, but the components are"
+      f" {sorted(component)}; change config.reward.product"
+    )
+  product = 1.0
+  for factor in factors:
+    product = product * component[factor]
+  return {**component, name: product}
 
 
 def is_correct(accuracy: jax.Array, *, min_accuracy: float = 0.1) -> jax.Array:
@@ -143,6 +264,7 @@ def contrast_bonus(
 def threshold_bonus(
   accuracy: jax.Array,
   view_accuracy: jax.Array,
+  applies: jax.Array | None = None,
   *,
   mu: float,
   bonus: float = 0.3,
@@ -156,6 +278,8 @@ def threshold_bonus(
   Args:
     accuracy: float[B, G] of the ordered rollouts.
     view_accuracy: float[B, G'] of rollouts sampled under the other view.
+    applies: bool[B] False for images and where nothing can be shuffled; None
+      means all.
     mu: 0.8 in the public code, 1.0 in the later paper.
     bonus: 0.3 in both.
     min_accuracy: above it a rollout is correct.
@@ -164,6 +288,8 @@ def threshold_bonus(
     float32[B, G].
   """
   better = jnp.mean(accuracy, axis=1) >= mu * jnp.mean(view_accuracy, axis=1)
+  if applies is not None:
+    better = better & applies
   correct = is_correct(accuracy, min_accuracy=min_accuracy)
   return jnp.where(correct & better[:, None], jnp.float32(bonus), 0)
 
@@ -216,8 +342,24 @@ def length_bonus(
     float32[B, G].
   """
   several = jnp.sum(correct, axis=1, keepdims=True) > 1
-  inside = (length >= low) & (length <= high)
+  inside = length_inside(length, low=low, high=high) > 0
   return jnp.where(correct & several & inside, jnp.float32(bonus), 0)
+
+
+def length_inside(
+  length: jax.Array, *, low: int = 80, high: int = 512
+) -> jax.Array:
+  """ViaRL's length reward, as a component: right or wrong (arXiv 2505.15447).
+
+  Args:
+    length: int32[B, G] completion tokens.
+    low: fewest tokens.
+    high: most tokens.
+
+  Returns:
+    float32[B, G]: 1 inside, else 0; its weight there is 0.2.
+  """
+  return ((length >= low) & (length <= high)).astype(jnp.float32)
 
 
 def overlong_penalty(
@@ -302,3 +444,42 @@ def deletion_saliency(
   allowed = (count > 0) & (2 * count <= jnp.sum(mask, axis=-1)[:, None])
   gain = jnp.clip(without_uncited - without_cited, 0, 1)
   return jax.lax.stop_gradient(jnp.where(allowed, gain, 0))
+
+
+def weighted_deletion_saliency(
+  logprob: jax.Array,
+  without_frame: jax.Array,
+  cited: jax.Array,
+  saliency: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  """The same by single deletions, each weighted by TAD's saliency [ours].
+
+      e_k = max(l_K - l_{K minus k}, 0)        w_k = saliency_k / max saliency
+      clip(sum over cited of w_k e_k - sum over uncited of w_k e_k, 0, 1)
+
+  with equally many of the most salient uncited. Sums, not means: with a mean,
+  citing the best frame alone would beat citing all the evidence. What a sum
+  invites, citing everything, is ruled out: more than K / 2 citations earn 0.
+
+  Args:
+    logprob: float32[B, G] `answer_logprob` under all keyframes.
+    without_frame: float32[B, G, K] the same without one keyframe.
+    cited: bool[B, G, K].
+    saliency: float[B, K] of the keyframes, by TAD.
+    mask: bool[B, K] keyframes that exist.
+
+  Returns:
+    float32[B, G] in [0, 1]; no gradient flows through it.
+  """
+  cited = cited & mask[:, None]
+  count = jnp.sum(cited, axis=-1)
+  allowed = (count > 0) & (2 * count <= jnp.sum(mask, axis=-1)[:, None])
+  largest = jnp.max(jnp.where(mask, saliency, 0), axis=-1, keepdims=True)
+  weight = saliency / jnp.where(largest > 0, largest, 1)
+  worth = jnp.maximum(logprob[..., None] - without_frame, 0) * weight[:, None]
+  gain = masked.masked_sum(worth, cited, axis=-1) - masked.masked_sum(
+    worth, salient_uncited(cited, saliency, mask), axis=-1
+  )
+  gain = jnp.where(allowed, jnp.clip(gain, 0, 1), 0)
+  return jax.lax.stop_gradient(gain)

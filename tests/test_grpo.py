@@ -1,6 +1,10 @@
 """Goldens worked by hand for advantages, KL and losses."""
 
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -510,3 +514,460 @@ def test_contrastive_loss_by_hand():
     tau=1.0,
   )
   assert none == 0
+
+
+# -- reward scales that remember, by kind
+
+
+def test_spread_moments_by_kind():
+  # Squares around the groups' means: 1 + 1, 4 + 4, and 0 of a group of one.
+  reward = jnp.array([[1.0, -1.0], [12.0, 8.0], [5.0, 99.0]])
+  mask = jnp.array([[True, True], [True, True], [True, False]])
+  square, free = grpo.spread_moments(
+    reward, mask, jnp.array([1, 0, 1]), ddof=1, num_kinds=3
+  )
+  np.testing.assert_allclose(square, [8, 2, 0])
+  np.testing.assert_allclose(free, [1, 1, 0])
+  # They add up over parts.
+  parts = [
+    grpo.spread_moments(
+      reward[b : b + 1], mask[b : b + 1], kind, ddof=1, num_kinds=3
+    )
+    for b, kind in enumerate(([1], [0], [1]))
+    for kind in (jnp.array(kind),)
+  ]
+  np.testing.assert_allclose(sum(p[0] for p in parts), square)
+  np.testing.assert_allclose(sum(p[1] for p in parts), free)
+
+
+def test_running_std_by_hand():
+  state = (jnp.zeros(2), jnp.zeros(2))
+  state, std = grpo.running_std(
+    state, (jnp.array([8.0, 0.0]), jnp.array([2.0, 3.0])), decay=0.5
+  )
+  np.testing.assert_allclose(std, [2, 0])
+  state, std = grpo.running_std(
+    state, (jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0])), decay=0.5
+  )
+  np.testing.assert_allclose(std, [math.sqrt(5 / 2), 0])  # (4 + 1) / (1 + 1)
+  np.testing.assert_allclose(state[1], [2, 1.5])
+  # Each sample is divided by the std of its kind.
+  made = grpo.group_advantages(
+    jnp.array([[1.0, -1.0], [3.0, 1.0]]),
+    batch_std=jnp.array([2.0, 4.0])[jnp.array([1, 0])],
+    **(ADVANTAGE | dict(scale="batch")),
+  )
+  np.testing.assert_allclose(made, [[0.25, -0.25], [0.5, -0.5]])
+
+
+def test_no_baseline():
+  np.testing.assert_allclose(
+    advantages([[3, 0, 9]], [[True, True, False]], baseline="none"), [[3, 0, 0]]
+  )
+
+
+# -- REINFORCE++ and KL in the reward
+
+
+@WRAP
+def test_token_returns_by_hand(wrap):
+  # KL costs 0.1 a nat. The first completion ends in its second slot.
+  kl = jnp.array([[[1.0, 2.0, 99.0], [0.0, -1.0, 1.0]]])
+  mask = jnp.array([[[True, True, False], [True, True, True]]])
+  made = wrap(
+    lambda r, k, m: grpo.token_returns(r, k, m, kl_weight=0.1, discount=0.5)
+  )(jnp.array([[1.0, 2.0]]), kl, mask)
+  # 1 - 0.2 and -0.1 + 0.4; 2 - 0.1, 0.1 + 0.95, 0 + 0.525.
+  np.testing.assert_allclose(
+    made, [[[0.3, 0.8, 0], [0.525, 1.05, 1.9]]], rtol=1e-5
+  )
+
+
+def test_whiten_by_hand():
+  # Real: 1, 3, 5; mean 3, squares 8; ddof 0: 8 / 3, ddof 1: 4.
+  value = jnp.array([[1.0, 3.0], [5.0, 99.0]])
+  mask = jnp.array([[True, True], [True, False]])
+  made = grpo.whiten(value, mask, ddof=1, eps=0.0)
+  np.testing.assert_allclose(made, [[-1, 0], [1, 0]], rtol=1e-6)
+  made = grpo.whiten(value, mask, ddof=0, eps=0.0)
+  np.testing.assert_allclose(made[0, 0], -2 / math.sqrt(8 / 3), rtol=1e-6)
+  same = grpo.whiten(jnp.ones((1, 2)), jnp.ones((1, 2), bool), ddof=1, eps=1e-8)
+  np.testing.assert_array_equal(same, [[0, 0]])
+
+
+def test_reinforce_advantages_by_hand():
+  # Without KL and discount every token holds its completion's reward: 2 and 0.
+  reward, mask = jnp.array([[2.0, 0.0]]), jnp.ones((1, 2, 2), bool)
+  settings = dict(kl_weight=0.0, discount=1.0, ddof=0, eps=0.0)
+  for baseline in ("none", "mean", "leave_one_out"):
+    made = grpo.reinforce_advantages(
+      reward, jnp.zeros((1, 2, 2)), mask, baseline=baseline, **settings
+    )
+    np.testing.assert_allclose(made, [[[1, 1], [-1, -1]]], rtol=1e-6)
+  # The two groups' baselines of 1 and 4 take away what only prompts differ in.
+  made = grpo.reinforce_advantages(
+    jnp.array([[2.0, 0.0], [5.0, 3.0]]),
+    jnp.zeros((2, 2, 1)),
+    jnp.ones((2, 2, 1), bool),
+    baseline="mean",
+    **settings,
+  )
+  np.testing.assert_allclose(made[..., 0], [[1, -1], [1, -1]], rtol=1e-6)
+  with pytest.raises(ValueError, match="config.advantage.baseline"):
+    grpo.reinforce_advantages(
+      reward, jnp.zeros((1, 2, 2)), mask, baseline="loo", **settings
+    )
+
+
+def test_kl_penalty_by_hand():
+  kl = jnp.array([[[1.0, 2.0], [4.0, 99.0]]])
+  mask = jnp.array([[[True, True], [True, False]]])
+  made = grpo.kl_penalty(kl, mask, kl_weight=0.1)
+  np.testing.assert_allclose(made, [[-0.3, -0.4]], rtol=1e-6)
+
+
+# -- sampler and trainer
+
+
+def test_mismatch_by_hand():
+  logprob = jnp.log(jnp.array([[[0.4, 0.5, 0.9]]]))
+  sampler = jnp.log(jnp.array([[[0.1, 0.5, 0.2]]]))
+  mask = jnp.array([[[True, True, False]]])
+  made = grpo.mismatch(logprob, sampler, mask, cap=2.0)
+  np.testing.assert_allclose(made["mismatch_abs"], math.log(4) / 2, rtol=1e-5)
+  np.testing.assert_allclose(made["mismatch_max"], math.log(4), rtol=1e-5)
+  np.testing.assert_allclose(made["mismatch_capped"], 0.5)
+  # k3 of the first token: 4 - 1 - ln 4; the second is 0.
+  np.testing.assert_allclose(
+    made["mismatch_kl"], (3 - math.log(4)) / 2, rtol=1e-5
+  )
+  worst = grpo.mismatch(
+    jnp.where(mask, logprob, jnp.nan), sampler, mask, cap=2.0
+  )
+  assert all(np.isfinite(value) for value in worst.values())
+
+
+def test_kl_loss_by_hand():
+  logprob = jnp.array([[-1.0, -1.0, -9.0]])
+  ref = logprob + math.log(2)
+  mask = jnp.array([[True, True, False]])
+  made = grpo.kl_loss(logprob, ref, mask, kind="k3")
+  np.testing.assert_allclose(made, 1 - math.log(2), rtol=1e-5)
+  part = grpo.kl_loss(logprob, ref, mask, kind="k3", num_tokens=jnp.array(8.0))
+  np.testing.assert_allclose(part, (1 - math.log(2)) / 4, rtol=1e-5)
+
+
+def test_contrastive_forms_and_parts():
+  gain = jnp.array([[1.5, 0.5, -1.0]])
+  view = jnp.array([[0.5, 0.5, 0.2]])
+  select = jnp.array([[True, False, True]])
+  settings = dict(margin=0.5, tau=0.5)
+
+  def loss(gain, view, form="plain", **more):
+    return grpo.contrastive_loss(
+      gain, view, select, form=form, **(settings | more)
+    )
+
+  # d(-log sigmoid(x)) = -(1 - sigmoid(x)), over tau and 2 selected.
+  slope = -(1 - 1 / (1 + math.exp(-1))) / 0.5 / 2
+  plain = jax.grad(loss, argnums=(0, 1))(gain, view)
+  stopped = jax.grad(lambda g, v: loss(g, v, "stop_gradient"), (0, 1))(
+    gain, view
+  )
+  np.testing.assert_allclose(plain[0][0, 0], slope, rtol=1e-5)
+  np.testing.assert_allclose(plain[1], -plain[0], rtol=1e-5)
+  np.testing.assert_allclose(stopped[0], plain[0], rtol=1e-5)
+  np.testing.assert_array_equal(stopped[1], 0)
+  np.testing.assert_allclose(
+    loss(gain, view), loss(gain, view, "stop_gradient"), rtol=1e-6
+  )
+  whole = loss(gain, view)
+  total = jnp.sum(select)
+  parts = sum(
+    grpo.contrastive_loss(
+      gain[:, i : i + 1],
+      view[:, i : i + 1],
+      select[:, i : i + 1],
+      total=total,
+      **settings,
+    )
+    for i in range(3)
+  )
+  np.testing.assert_allclose(parts, whole, rtol=1e-6)
+  with pytest.raises(ValueError, match="config.contrastive.form"):
+    loss(gain, view, "detach")
+
+
+# -- every option against its definition, in float64
+
+AGGREGATES = ("sequence_mean", "token_mean", "constant")
+
+
+def scene64(rng, shape=(3, 4, 5)):
+  """logprob, old, reference [B, G, C], advantage [B, G], mask, group mask."""
+  logprob, old, ref = -rng.uniform(0.1, 2.0, (3, *shape))
+  mask = (
+    np.arange(shape[2]) < rng.integers(1, shape[2] + 1, shape[:2])[..., None]
+  )
+  advantage = rng.normal(size=shape[:2])
+  return logprob, old, ref, advantage, mask, np.array([True, False, True])
+
+
+def defined_loss(logprob, old, ref, advantage, mask, group, weight, settings):
+  """The loss token by token, in loops."""
+  total, tokens, rows = 0.0, 0, 0
+  width = logprob.shape[2]
+  for b, g in np.ndindex(*advantage.shape):
+    if not group[b]:
+      continue
+    slots = np.flatnonzero(mask[b, g])
+    rows += 1
+    tokens += len(slots)
+    ratio = np.exp(logprob[b, g, slots] - old[b, g, slots])
+    if settings["ratio"] == "sequence":
+      ratio = np.full(len(slots), np.prod(ratio) ** (1 / len(slots)))
+    terms = []
+    for t, rho in zip(slots, ratio):
+      low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+      cut = min(max(rho, low), high)
+      term = -min(rho * advantage[b, g], cut * advantage[b, g])
+      term *= weight[b, g, t]
+      d = ref[b, g, t] - logprob[b, g, t]
+      kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}
+      terms.append(term + settings["kl_weight"] * kl[settings["kl_kind"]])
+    per_row = settings["aggregate"] == "sequence_mean"
+    total += np.mean(terms) if per_row else np.sum(terms)
+  below = {
+    "sequence_mean": rows,
+    "token_mean": tokens,
+    "constant": rows * width,
+  }
+  return total / below[settings["aggregate"]]
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
+def test_policy_loss_is_its_definition(aggregate, ratio, kl_kind):
+  rng = np.random.default_rng(0)
+  clip = (0.2, 0.28) if ratio == "token" else (3e-4, 4e-4)
+  settings = dict(
+    clip_low=clip[0],
+    clip_high=clip[1],
+    aggregate=aggregate,
+    kl_weight=0.3,
+    kl_kind=kl_kind,
+    ratio=ratio,
+  )
+  with jax.enable_x64(True):
+    *arrays, mask, group = scene64(rng)
+    weight = rng.uniform(0, 2, mask.shape)
+    made, _ = grpo.policy_loss(
+      *map(jnp.asarray, (*arrays, mask, group)),
+      weight=jnp.asarray(weight),
+      **settings,
+    )
+    assert made.dtype == jnp.float64
+    want = defined_loss(*arrays, mask, group, weight, settings)
+    np.testing.assert_allclose(made, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_advantages_are_their_definition(baseline, scale, ddof):
+  rng = np.random.default_rng(1)
+  reward = rng.normal(size=(3, 5))
+  mask = np.arange(5) < np.array([5, 3, 4])[:, None]
+  eps = 1e-4
+  groups = [row[real] for row, real in zip(reward, mask)]
+  pooled = math.sqrt(
+    sum(((r - r.mean()) ** 2).sum() for r in groups)
+    / sum(len(r) - ddof for r in groups)
+  )
+  want = np.zeros_like(reward)
+  for b, row in enumerate(groups):
+    for g, value in enumerate(row):
+      others = {
+        "mean": row,
+        "leave_one_out": np.delete(row, g),
+        "none": np.zeros(1),
+      }[baseline]
+      std = {
+        "none": 1,
+        "group": row.std(ddof=ddof) + eps,
+        "batch": pooled + eps,
+      }
+      want[b, g] = (value - others.mean()) / std[scale]
+  with jax.enable_x64(True):
+    made = grpo.group_advantages(
+      jnp.asarray(reward),
+      jnp.asarray(mask),
+      scale=scale,
+      baseline=baseline,
+      ddof=ddof,
+      eps=eps,
+    )
+    assert made.dtype == jnp.float64
+    np.testing.assert_allclose(made, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_reinforce_is_its_definition(baseline):
+  rng = np.random.default_rng(2)
+  _, _, _, reward, mask, _ = scene64(rng)
+  kl = rng.normal(size=mask.shape)
+  want = np.zeros(mask.shape)
+  for b, g in np.ndindex(*reward.shape):
+    slots = np.flatnonzero(mask[b, g])
+    end = reward[b, g] - (reward[b].mean() if baseline == "mean" else 0)
+    for t in slots:
+      later = slots[slots >= t]
+      paid = sum(0.9 ** (u - t) * -0.1 * kl[b, g, u] for u in later)
+      want[b, g, t] = paid + 0.9 ** (slots[-1] - t) * end
+  real = want[mask]
+  want = (want - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8) * mask
+  with jax.enable_x64(True):
+    made = grpo.reinforce_advantages(
+      *map(jnp.asarray, (reward, kl, mask)),
+      kl_weight=0.1,
+      discount=0.9,
+      baseline=baseline,
+      ddof=1,
+      eps=1e-8,
+    )
+    np.testing.assert_allclose(made, want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_other_terms_are_their_definitions():
+  rng = np.random.default_rng(4)
+  logprob, other, _, gain, mask, _ = scene64(rng)
+  view, select = rng.normal(size=gain.shape), gain > 0
+  d = other - logprob
+  # exp(d) - 1 - d as written loses digits where d is small: hence 1e-9.
+  kl = {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - 1 - d}
+  real = d[mask]
+  sigmoid = 1 / (1 + np.exp(-(gain - view - 0.3) / 0.7))
+  with jax.enable_x64(True):
+    old, new, real_mask = map(jnp.asarray, (other, logprob, mask))
+    for kind, want in kl.items():
+      made = grpo.kl_divergence(new, old, kind=kind)
+      np.testing.assert_allclose(made, want, rtol=1e-9)
+      made = grpo.kl_loss(new, old, real_mask, kind=kind)
+      np.testing.assert_allclose(made, want[mask].mean(), rtol=1e-9)
+      made = grpo.kl_penalty(jnp.asarray(want), real_mask, kl_weight=0.2)
+      np.testing.assert_allclose(made, -0.2 * (want * mask).sum(-1), rtol=1e-9)
+    np.testing.assert_allclose(
+      grpo.truncated_importance(new, old, cap=1.5),
+      np.minimum(np.exp(-d), 1.5),
+      rtol=1e-9,
+    )
+    for name, want in (
+      ("abs", np.abs(real).mean()),
+      ("max", np.abs(real).max()),
+      ("capped", (-real > math.log(1.5)).mean()),
+      ("kl", (np.exp(-real) - 1 + real).mean()),  # of the old from the new
+    ):
+      # A share of tokens is a mean of bools, which is float32.
+      made = grpo.mismatch(new, old, real_mask, cap=1.5)[f"mismatch_{name}"]
+      np.testing.assert_allclose(made, want, rtol=1e-7)
+    made = grpo.contrastive_loss(
+      *map(jnp.asarray, (gain, view, select)), margin=0.3, tau=0.7
+    )
+    np.testing.assert_allclose(made, -np.log(sigmoid[select]).mean(), rtol=1e-9)
+
+
+# -- eight devices, and parts of a batch
+
+SHARDED = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from cf_jax import grpo
+
+assert jax.device_count() == 8
+rng = np.random.default_rng(0)
+shape = (8, 4, 6)
+logprob, old, ref = -rng.uniform(0.1, 2.0, (3, *shape)).astype(np.float32)
+mask = np.arange(6) < rng.integers(1, 7, shape[:2])[..., None]
+reward = rng.normal(size=shape[:2]).astype(np.float32)
+kind = np.arange(8) % 3
+select = reward > 0
+group = np.arange(8) != 5
+
+def numbers(logprob, old, ref, mask, reward, kind, select, group):
+  made = {}
+  for aggregate in ("sequence_mean", "token_mean", "constant"):
+    def loss(x):
+      return grpo.policy_loss(
+        x, old, ref, reward, mask, group, clip_low=0.2, clip_high=0.28,
+        aggregate=aggregate, kl_weight=0.1, kl_kind="k3")[0]
+    value, grad = jax.value_and_grad(loss)(logprob)
+    made[aggregate] = value, jnp.sum(grad * ref)
+  kl = grpo.kl_divergence(logprob, ref, kind="k1")
+  made["reinforce"] = grpo.reinforce_advantages(
+    reward, kl, mask, kl_weight=0.1, discount=0.9, baseline="mean", ddof=1,
+    eps=1e-8)
+  made["moments"] = grpo.spread_moments(reward, kind=kind, ddof=1, num_kinds=3)
+  made["batch"] = grpo.group_advantages(
+    reward, scale="batch", baseline="leave_one_out", ddof=1, eps=1e-4)
+  made["contrast"] = grpo.contrastive_loss(
+    reward, reward[::-1], select, margin=0.1, tau=1.0)
+  made["kl_loss"] = grpo.kl_loss(logprob, ref, mask, kind="k3")
+  made["mismatch"] = grpo.mismatch(logprob, old, mask, cap=2.0)
+  return made
+
+args = (logprob, old, ref, mask, reward, kind, select, group)
+one = jax.jit(numbers)(*args)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+split = jax.jit(numbers, in_shardings=rows)(*args)
+for path, value in jax.tree_util.tree_leaves_with_path(one):
+  other = split
+  for key in path:
+    other = other[getattr(key, "key", getattr(key, "idx", None))]
+  np.testing.assert_allclose(
+    other, value, rtol=1e-5, atol=1e-6, err_msg=str(path))
+print("equal")
+"""
+
+
+def test_eight_devices_equal_one():
+  flags = "--xla_force_host_platform_device_count=8"
+  ran = subprocess.run(
+    [sys.executable, "-c", SHARDED],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  )
+  assert ran.returncode == 0, ran.stderr[-3000:]
+  assert ran.stdout == "equal\n"
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_micro_batches_give_the_global_gradient(aggregate):
+  """Equal parts of the prompts, with groups left out and uneven lengths."""
+  rng = np.random.default_rng(3)
+  *arrays, mask, _ = scene64(rng, (4, 3, 5))
+  arrays = [jnp.asarray(value, jnp.float32) for value in arrays]
+  mask = jnp.asarray(mask)
+  group = jnp.array([True, True, False, True])
+  settings = LOSS | dict(aggregate=aggregate, kl_weight=0.1)
+  counted = mask & group[:, None, None]
+  total = grpo.denominator(counted, aggregate=aggregate)
+
+  def loss(x, rows, total):
+    old, ref, advantage = (value[rows] for value in arrays[1:])
+    return grpo.policy_loss(
+      x, old, ref, advantage, mask[rows], group[rows], total=total, **settings
+    )[0]
+
+  step = jax.value_and_grad(loss)
+  whole, grad = step(arrays[0], slice(0, 4), None)
+  parts = [
+    step(arrays[0][rows], rows, total) for rows in (slice(0, 2), slice(2, 4))
+  ]
+  np.testing.assert_allclose(sum(p[0] for p in parts), whole, rtol=1e-5)
+  np.testing.assert_allclose(
+    np.concatenate([p[1] for p in parts]), grad, rtol=1e-5, atol=1e-7
+  )

@@ -7,7 +7,21 @@ import string
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["multiple_choice", "numerical", "free_form"]
+Kind = Literal[
+  "multiple_choice",
+  "numerical",
+  "regression",
+  "ocr",
+  "free_form",
+  "open_ended",
+  "interval",
+  "grounded_qa",
+  "tracking",
+  "caption",
+]
+# Kinds with options, and those whose truth is not in `answer` alone.
+_CHOSEN = ("multiple_choice", "grounded_qa")
+_TRUTH = {"interval": "start_s", "tracking": "boxes", "caption": "events"}
 
 
 class Sample(NamedTuple):
@@ -19,13 +33,16 @@ class Sample(NamedTuple):
     question: the question alone, without the options.
     options: the choices in order, without letters; empty for open questions.
     answer: the letter of the right option, or the answer's text.
-    kind: how an answer is read and judged.
+    kind: how an answer is read and judged (`answers.CREDIT`).
     task: the group under which accuracies are reported.
     start_s: first second of the evidence, None where not annotated.
     end_s: last second of the evidence, None where not annotated.
     evidence: (start, end) seconds of every relevant event, in time order.
     reasoning: a worded chain of thought for supervised training, or "".
     source: the set it comes from.
+    boxes: of a tracking question: (x0, y0, x1, y1) of the object in frames at
+      equal distances, as fractions of width and height.
+    events: of a caption question: what happens, in time order.
   """
 
   id: str
@@ -40,6 +57,8 @@ class Sample(NamedTuple):
   evidence: tuple[tuple[float, float], ...] = ()
   reasoning: str = ""
   source: str = ""
+  boxes: tuple[tuple[float, float, float, float], ...] = ()
+  events: tuple[str, ...] = ()
 
 
 _FIELDS = (
@@ -53,6 +72,9 @@ _FIELDS = (
   "task",
   "kind",
   "reasoning",
+  "evidence",
+  "boxes",
+  "events",
 )
 
 
@@ -83,8 +105,11 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
   Fields: `video` (relative to the manifest, or absolute), `question`,
   `options` (list of texts; none for an open question), `answer` (a letter, or
   the text of one option; for an open question its text or number), and
-  optionally `start_s`, `end_s`, `id`, `task`, `kind`, `reasoning`. Empty lines
-  are skipped.
+  optionally `start_s`, `end_s`, `id`, `task`, `kind`, `reasoning`, `evidence`
+  (list of [start, end] in seconds; start_s to end_s where there is none),
+  `boxes` (list of [x0, y0, x1, y1], fractions) and `events` (list of texts).
+  Questions of kind interval, tracking and caption need no `answer`: theirs is
+  start_s to end_s, the boxes or the events. Empty lines are skipped.
 
   Raises:
     ValueError: a bad line, naming file, line number and field; no file; no
@@ -152,7 +177,32 @@ def _read_line(
   if len(set(options)) < len(options):
     fail("options", f"got the same text twice in {list(options)}")
 
+  kind = row.get("kind")
+  if kind is not None and kind not in get_args(Kind):
+    fail("kind", f"got {kind!r}, expected one of {get_args(Kind)}")
+  start_s, end_s = _seconds(row, "start_s", fail), _seconds(row, "end_s", fail)
+  if (start_s is None) != (end_s is None):
+    missing = "end_s" if end_s is None else "start_s"
+    fail(missing, "missing; give both start_s and end_s, or neither")
+  if start_s is not None and end_s < start_s:
+    fail("end_s", f"got {end_s}, which lies before start_s {start_s}")
+  evidence = _evidence(row, fail)
+  if evidence is None:
+    evidence = () if start_s is None else ((start_s, end_s),)
+  boxes, events = _boxes(row, fail), _events(row, fail)
+  truth = {
+    "interval": start_s is not None and start_s < end_s,
+    "tracking": boxes,
+    "caption": events,
+  }
+  if kind in _TRUTH and not truth[kind]:
+    fail(_TRUTH[kind], f"missing or empty; a question of kind {kind} needs it")
+
   answer = row.get("answer")
+  if answer is None and kind == "interval":
+    answer = f"{start_s:.2f} to {end_s:.2f}"
+  elif answer is None and kind in _TRUTH:
+    answer = json.dumps(boxes) if kind == "tracking" else " ".join(events)
   if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
     fail("answer", f"got {answer!r}, expected a letter or text")
   is_number = isinstance(answer, (int, float))
@@ -164,21 +214,11 @@ def _read_line(
       answer = letter_of(answer, options)
     except ValueError as error:
       fail("answer", str(error))
-  kind = row.get("kind")
   if kind is None:
     kind = "numerical" if is_number else "free_form"
     kind = "multiple_choice" if options else kind
-  if kind not in get_args(Kind):
-    fail("kind", f"got {kind!r}, expected one of {get_args(Kind)}")
-  if (kind == "multiple_choice") != bool(options):
+  if (kind in _CHOSEN) != bool(options):
     fail("kind", f"got {kind!r} with {len(options)} options")
-
-  start_s, end_s = _seconds(row, "start_s", fail), _seconds(row, "end_s", fail)
-  if (start_s is None) != (end_s is None):
-    missing = "end_s" if end_s is None else "start_s"
-    fail(missing, "missing; give both start_s and end_s, or neither")
-  if start_s is not None and end_s < start_s:
-    fail("end_s", f"got {end_s}, which lies before start_s {start_s}")
   return Sample(
     id=_text(row, "id", fail, default=f"line-{number}"),
     video=str((path.parent / pathlib.Path(video).expanduser()).absolute()),
@@ -189,9 +229,11 @@ def _read_line(
     task=_text(row, "task", fail, default="all"),
     start_s=start_s,
     end_s=end_s,
-    evidence=() if start_s is None else ((start_s, end_s),),
+    evidence=evidence,
     reasoning=_text(row, "reasoning", fail, default=""),
     source=path.name,
+    boxes=boxes,
+    events=events,
   )
 
 
@@ -218,3 +260,60 @@ def _seconds(row: dict[str, Any], name: str, fail) -> float | None:
   ):
     fail(name, f"got {value!r}, expected seconds, at least 0")
   return float(value)
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+  """`count` finite numbers, at least 0, of a list; None if it is not that."""
+  if not isinstance(value, list) or len(value) != count:
+    return None
+  for item in value:
+    if (
+      isinstance(item, bool)
+      or not isinstance(item, (int, float))
+      or not math.isfinite(item)
+      or item < 0
+    ):
+      return None
+  return tuple(float(item) for item in value)
+
+
+def _evidence(
+  row: dict[str, Any], fail
+) -> tuple[tuple[float, float], ...] | None:
+  value = row.get("evidence")
+  if value is None:
+    return None
+  made = [_numbers(pair, 2) for pair in _list(row, "evidence", fail)]
+  if any(pair is None or pair[1] < pair[0] for pair in made):
+    fail("evidence", f"got {value!r}, expected a list of [start, end]")
+  return tuple(sorted(made))
+
+
+def _boxes(row: dict[str, Any], fail):
+  made = [_numbers(box, 4) for box in _list(row, "boxes", fail)]
+  if any(
+    box is None or max(box) > 1 or box[0] >= box[2] or box[1] >= box[3]
+    for box in made
+  ):
+    fail(
+      "boxes",
+      f"got {row['boxes']!r}, expected a list of [x0, y0, x1, y1] in [0, 1],"
+      " x0 < x1 and y0 < y1",
+    )
+  return tuple(made)
+
+
+def _events(row: dict[str, Any], fail) -> tuple[str, ...]:
+  made = _list(row, "events", fail)
+  if not all(isinstance(event, str) and event.strip() for event in made):
+    fail("events", f"got {made!r}, expected a list of texts")
+  return tuple(event.strip() for event in made)
+
+
+def _list(row: dict[str, Any], name: str, fail) -> list:
+  value = row.get(name)
+  if value is None:
+    return []
+  if not isinstance(value, list):
+    fail(name, f"got {value!r}, expected a list")
+  return value

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from cf_jax.data import answers, prompts
+from cf_jax.data import answers, grounding_answers, prompts
 
 OPTIONS = ("red", "blue", "green")
 
@@ -22,6 +22,8 @@ def sample(**fields):
     start_s=None,
     end_s=None,
     evidence=(),
+    boxes=(),
+    events=(),
   )
   return types.SimpleNamespace(**(made | fields))
 
@@ -205,9 +207,17 @@ def test_the_samples_fault_is_an_error():
     answers.accuracy("1", sample(kind="poem"))
   with pytest.raises(ValueError, match="without start_s"):
     answers.accuracy(None, sample(kind="interval"))
+  with pytest.raises(ValueError, match="without boxes"):
+    answers.accuracy(None, sample(kind="tracking"))
+  with pytest.raises(ValueError, match="without events"):
+    answers.accuracy(None, sample(kind="caption"))
+  with pytest.raises(ValueError, match="without answer"):
+    answers.accuracy(None, sample(kind="ocr", answer=" "))
+  with pytest.raises(ValueError, match="config.judge.url"):
+    answers.accuracy("a", sample(kind="caption", events=("b",)))
 
 
-# -- numbers and intervals
+# -- numbers
 
 
 @pytest.mark.parametrize(
@@ -271,61 +281,137 @@ def test_accuracy_of_numbers():
   assert score("3 or 4", "3") == 0
 
 
-@pytest.mark.parametrize(
-  "answer",
-  [
-    "1.5 to 4",
-    "1.5s to 4.0s",
-    "[1.5, 4]",
-    "1.5 - 4",
-    "1.5-4",
-    "1.5 and 4.0 seconds",
-    " 1.5 sec to  4 s",
-  ],
-)
-def test_interval(answer):
-  assert answers.read_interval(answer) == (1.5, 4.0)
+def test_accuracy_of_regressions():
+  def score(answer, truth):
+    return answers.accuracy(answer, sample(kind="regression", answer=truth))
+
+  assert score("3", "3.0") == 1
+  assert score("0", "0") == 1
+  assert score("3", "4") == pytest.approx(0.75)
+  assert score("5", "4") == pytest.approx(0.75)
+  assert score("-4", "4") == score("9", "4") == score("1", "0") == 0
+  assert score("nan", "4") == score("3 or 4", "4") == score("1e1", "10") == 0
 
 
-@pytest.mark.parametrize(
-  "answer",
-  [
-    "",
-    "4 to 1.5",
-    "2 to 2",
-    "1 to 2 to 3",
-    "1 to 2 or 3 to 4",
-    "nan to 1",
-    "-1 to 2",
-    "1",
-    "[1, 2",
-    "1, 2]",
-    "[[1, 2]]",
-    "1 to inf",
-    "1e1 to 20",
-    "1" * 10_000 + " to 2",
-    "1 " * 10_000,
-  ],
-)
-def test_not_an_interval(answer):
-  assert answers.read_interval(answer) is None
-
-
-def test_interval_iou_by_hand():
-  assert answers.interval_iou((0, 2), (1, 4)) == 0.25
-  assert answers.interval_iou((0, 1), (2, 3)) == 0
-  assert answers.interval_iou((1, 1), (1, 1)) == 0
-  assert answers.interval_iou((3, 1), (0, 4)) == 0
-  span = sample(kind="interval", start_s=1.0, end_s=4.0)
-  assert answers.accuracy("0 to 2", span) == 0.25
-  assert not answers.is_correct(complete("0 to 2"), span)
-  assert answers.is_correct(complete("1 to 4"), span)
+# -- texts
 
 
 def test_free_form():
   text = sample(kind="free_form", answer="A red disc")
   assert answers.accuracy("a  red disc.", text) == 1
-  assert answers.accuracy("a red disc or a blue one", text) == 0
+  # Shared words 3 of 3 + 7, pairs 2 of 2 + 6, run 3 of 3 + 7, each doubled.
+  assert answers.accuracy("a red disc or a blue one", text) == pytest.approx(
+    (0.6 + 0.5 + 0.6) / 3
+  )
+  assert not answers.is_correct(complete("a red disc or a blue one"), text)
+  assert answers.is_correct(complete("A red disc."), text)
+  # A word has no pairs of words, another script has no words: 1 all the same.
+  assert answers.accuracy("red", sample(kind="free_form", answer="Red")) == 1
+  assert answers.accuracy("红", sample(kind="free_form", answer="红")) == 1
+
+
+def test_ocr():
+  text = sample(kind="ocr", answer="exit to the left")
+  assert answers.accuracy("exit to the left", text) == 1
+  assert answers.accuracy("exit the left", text) == 0.75
+  assert answers.accuracy("left " * 9, text) == 0
+  assert not answers.is_correct(complete("exit the left"), text)
+
+
+# -- what points
+
+
+def test_intervals_by_form():
+  span = sample(kind="interval", start_s=1.0, end_s=4.0)
+  assert answers.accuracy("0 to 2", span) == 0.25
+  assert not answers.is_correct(complete("0 to 2"), span)
+  assert answers.is_correct(complete("1 to 4"), span)
+  lenient = complete("1.0 and 4.0, so")
+  assert not answers.is_correct(lenient, span)
+  assert answers.is_correct(lenient, span, interval_form="last")
+
+  def iou(text, form):
+    parsed = answers.parse_completion(text)
+    return answers.credit(text, parsed, span, interval_form=form)["iou"]
+
+  loose = "It runs from 1 to 2, or rather 2 to 4."
+  assert iou(complete(loose), "last") == pytest.approx(2 / 3)
+  assert iou(complete(loose), "strict") == iou(complete(loose), "json") == 0
+  twice = "<answer>1 to 4</answer><answer>8 to 9</answer>"
+  assert iou(twice, "last") == 0  # the last one alone
+  assert iou("<answer>8 to 9</answer>" + complete("1 to 4"), "last") == 1
+  assert iou(twice, "strict") == 0
+  json_text = '{"start_time": "1", "end_time": "4"}'
+  assert iou(complete(json_text), "json") == 1
+  assert iou(complete(json_text), "strict") == 0
+  with pytest.raises(ValueError, match="config.answers.interval_form"):
+    iou("", "loose")
+
+
+@pytest.mark.parametrize(
+  ("text", "answer"),
+  [
+    ("", None),
+    ("<answer>1", None),
+    ("</answer>1<answer>", None),
+    ("<answer>1</answer>", "1"),
+    ("<answer>1</answer><answer>2", "1"),
+    ("<answer>1<answer>2</answer>", "1<answer>2"),
+    ("<answer>1</answer> <answer> 2 </answer>x", "2"),
+  ],
+)
+def test_last_answer(text, answer):
+  assert answers.last_answer(text) == answer
+
+
+def test_tracking():
+  box = (0.0, 0.0, 0.5, 1.0)
+  track = sample(kind="tracking", boxes=(box,) * 8)
+  right = str([list(box)] * 8)
+  half = str([[0.0, 0.0, 0.25, 1.0]] * 4 + [list(box)] * 4)
+  assert answers.accuracy(right, track) == 1
+  assert answers.accuracy(half, track) == 0.75
+  assert answers.accuracy(str([list(box)] * 7), track) == 0
+  assert answers.accuracy(right + right, track) == 0
+
+
+GQA = dict(kind="grounded_qa", answer="B", evidence=((1.0, 2.0), (4.0, 6.0)))
+
+
+@pytest.mark.parametrize(
+  ("text", "accuracy", "iou", "form"),
+  [
+    ("<answer>B</answer><glue>[(1, 2), (4, 6)]</glue>", 1, 1, 1),
+    ("<answer>A</answer>\n<glue>[(4, 6)]</glue>", 0, 2 / 3, 1),
+    ("<answer>B</answer><glue>[]</glue>", 1, 0, 1),
+    ("<answer>B</answer><glue>4 to 6</glue>", 1, 0, 0),
+    ("<answer>B</answer>", 1, 0, 0),
+    ("<answer>B<glue>[(1, 2)]</glue></answer>", 0, 0, 0),
+    ("<glue>[(1, 2), (4, 6)]</glue><answer>B</answer>", 1, 0, 0),
+    ("<answer>B</answer><glue>[(1, 2)]</glue><glue>[]</glue>", 1, 0, 0),
+    ("<answer>A or B</answer><glue>[(1, 2), (4, 6)]</glue>", 0, 1, 1),
+  ],
+)
+def test_grounded_qa(tokenizer, text, accuracy, iou, form):
+  token, mask = batch_of(tokenizer, ["<think>a</think>" + text], width=140)
+  made = answers.judge(
+    tokenizer,
+    [sample(**GQA)],
+    token,
+    mask,
+    frame_time_s=np.zeros((1, 1)),
+    components=("accuracy", "iou", "format"),
+  )
+  assert made.component["accuracy"][0, 0] == accuracy
+  assert made.component["iou"][0, 0] == pytest.approx(iou)
+  assert made.component["format"][0, 0] == form
+
+
+def test_no_evidence_and_no_glue_agree():
+  text = "<answer>B</answer><glue>[]</glue>"
+  parsed = answers.parse_completion(text)
+  none = sample(**(GQA | dict(evidence=())))
+  assert answers.credit(text, parsed, none) == {"accuracy": 1, "iou": 1}
 
 
 # -- citations
@@ -350,6 +436,28 @@ def test_a_time_cites_at_most_the_nearest_keyframe():
   assert cited("2.0s, 400s") == [False] * 4
   empty = answers.cited_keyframes("1s", np.full(2, np.nan), tolerance_s=1.0)
   assert empty.tolist() == [False, False]
+
+
+def test_cited_frames():
+  assert answers.cited_frames(
+    "Frame 3 and frames 4, 5 and 7; frame #2. frame 9.5, frames 1 s, subframe"
+    " 8, frame 12345, Frames 6, and 10 & 11!"
+  ) == (3, 4, 5, 7, 2, 6, 10, 11)
+
+
+def test_frame_numbers_cite_from_one():
+  times = np.array([1.0, 2.0, np.nan])
+
+  def cited(text, cite):
+    made = answers.cited_keyframes(text, times, tolerance_s=0.1, cite=cite)
+    return made.tolist()
+
+  both = "Frame 1, frame 3, frame 0 and frame 9; then 2.0s."
+  assert cited(both, "frame") == [True, False, False]
+  assert cited(both, "time") == [False, True, False]
+  assert cited(both, "either") == [True, True, False]
+  with pytest.raises(ValueError, match="config.answers.cite"):
+    cited(both, "both")
 
 
 def test_evidence_keyframes():
@@ -415,6 +523,98 @@ def test_judge(tokenizer):
   assert not (made.answer_span & ~mask).any()
 
 
+def test_every_sample_has_its_own_components(tokenizer):
+  samples = [
+    sample(),
+    sample(kind="interval", start_s=1.0, end_s=4.0),
+    sample(**GQA),
+    sample(kind="caption", events=("it falls", "it rises")),
+  ]
+  glue = complete("B") + "<glue>[(1, 2), (4, 6)]</glue>"
+  texts = [complete("B"), complete("1 to 4"), glue, complete("it falls")]
+  rows = [batch_of(tokenizer, [text, "nothing"], width=140) for text in texts]
+  asked = []
+
+  def ask(questions):
+    asked.extend((answer, one.kind) for answer, one in questions)
+    return [0.5] * len(questions)
+
+  settings = dict(
+    frame_time_s=np.zeros((4, 2)),
+    components=("accuracy", "iou", "event_recall", "format"),
+  )
+  token, mask = (np.concatenate(part) for part in zip(*rows))
+  made = answers.judge(tokenizer, samples, token, mask, ask=ask, **settings)
+  applies = {name: value.tolist() for name, value in made.applies.items()}
+  assert applies == {
+    "accuracy": [True, False, True, False],
+    "iou": [False, True, True, False],
+    "event_recall": [False, False, False, True],
+    "format": [True] * 4,
+  }
+  for name, column in (
+    ("accuracy", [1, 0, 1, 0]),
+    ("iou", [0, 1, 1, 0]),
+    ("event_recall", [0, 0, 0, 0.5]),
+    ("format", [1, 1, 1, 1]),
+  ):
+    np.testing.assert_array_equal(made.component[name][:, 0], column)
+    np.testing.assert_array_equal(made.component[name][:, 1], 0)
+  assert asked == [("it falls", "caption")]  # no answer, no question
+
+  with pytest.raises(ValueError, match="config.judge.url"):
+    answers.judge(tokenizer, samples, token, mask, **settings)
+  settings["components"] = ("accuracy", "format")
+  with pytest.raises(ValueError, match="config.answers.components"):
+    answers.judge(tokenizer, samples, token, mask, ask=ask, **settings)
+
+
+def test_format_of_an_answer_alone(tokenizer):
+  texts = ["<answer>B</answer>", complete("B"), " <answer>B</answer>", "B"]
+  token, mask = batch_of(tokenizer, texts)
+  settings = dict(frame_time_s=np.zeros((1, 1)))
+  made = answers.judge(
+    tokenizer, [sample()], token, mask, reasoning="none", **settings
+  )
+  np.testing.assert_array_equal(made.component["format"], [[1, 0, 0, 0]])
+  np.testing.assert_array_equal(made.component["accuracy"], [[1, 1, 1, 0]])
+  with pytest.raises(ValueError, match="config.answers.reasoning"):
+    answers.judge(
+      tokenizer, [sample()], token, mask, reasoning="off", **settings
+    )
+
+
+def test_judge_selection(tokenizer):
+  def choose(index):
+    return f"<think>red</think><index>{index}</index>"
+
+  texts = [
+    choose("[5, 0, 11]"),
+    choose("5, 0"),
+    choose("[5, 5, 1]"),
+    choose("[5, 12, 1]"),
+    choose("[1, 2, 3]") + "<index>[4, 5, 6]</index>",
+    "<index>[1, 2, 3]</index>",
+    "",
+  ]
+  token, mask = batch_of(tokenizer, texts, width=140)
+  made, frame = answers.judge_selection(
+    tokenizer, token, mask, num_frames=3, num_candidates=12
+  )
+  np.testing.assert_array_equal(
+    made.component["index"], [[1, 0, 0, 0, 0, 1, 0]]
+  )
+  np.testing.assert_array_equal(
+    made.component["format"], [[1, 1, 1, 1, 0, 0, 0]]
+  )
+  stride = [0, 4, 8]
+  np.testing.assert_array_equal(
+    frame[0], [[0, 5, 11], *[stride] * 4, [1, 2, 3], stride]
+  )
+  shown = tokenizer.decode(token[0, 0][made.answer_span[0, 0]])
+  assert shown == "[5, 0, 11]"
+
+
 def test_answer_span_across_tokens_and_broken_characters():
   span = answers.answer_tokens
   # Tokens that straddle the tags count where a byte of the answer is in them.
@@ -448,9 +648,25 @@ TAGS = strategies.sampled_from(
     "</think>",
     "<answer>",
     "</answer>",
+    "<glue>",
+    "</glue>",
+    "<index>",
+    "</index>",
     "A",
     "B",
     " or ",
+    " to ",
+    "[",
+    "]",
+    ",",
+    "1",
+    "4",
+    "٤",
+    "1e400",
+    '{"start_time":',
+    '"end_time":',
+    "}",
+    "frame ",
     ".",
     "(",
     ")",
@@ -478,10 +694,36 @@ def test_never_raises_and_never_rewards_two_answers(text):
   parsed = answers.parse_completion(text)
   assert not (parsed.well_formed and parsed.answer is None)
   answers.read_number(text)
-  answers.read_interval(text)
+  grounding_answers.read_interval(text)
   answers.cited_keyframes(text, np.arange(3.0), tolerance_s=0.1)
-  for kind, answer in (("numerical", "3"), ("free_form", "red")):
-    answers.accuracy(text, sample(kind=kind, answer=answer))
+  answers.cited_keyframes(text, np.arange(3.0), tolerance_s=0.1, cite="either")
+  box = (0.0, 0.0, 1.0, 1.0)
+  truths = [
+    sample(kind=kind, answer="3", start_s=1.0, end_s=4.0, boxes=(box,))
+    for kind in ("numerical", "regression", "ocr", "free_form", "interval")
+  ] + [sample(kind="tracking", boxes=(box,) * 2), sample(**GQA)]
+  for truth in truths:
+    for form in ("strict", "last", "json"):
+      made = answers.credit(text, parsed, truth, interval_form=form)
+      assert all(0 <= score <= 1 for score in made.values())
+    assert 0 <= answers.accuracy(text, truth) <= 1
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(ANY)
+def test_no_text_points_to_two_places(text):
+  """Far apart truths: at most one of them is overlapped, by any form."""
+  spans = [
+    sample(kind="interval", start_s=start, end_s=start + 1.0)
+    for start in (1.0, 4.0)
+  ]
+  parsed = answers.parse_completion(text)
+  for form in ("strict", "last", "json"):
+    scores = [
+      answers.credit(text, parsed, span, interval_form=form)["iou"]
+      for span in spans
+    ]
+    assert min(scores) <= 0.25  # an interval over both has a union of 4 s
 
 
 @pytest.mark.parametrize(
@@ -502,6 +744,13 @@ def test_never_raises_and_never_rewards_two_answers(text):
     "B.",
     "1s",
     "\u0301",
+    "frame ",
+    "frames 1, ",
+    "[",
+    "(1, ",
+    '{"start_time": ',
+    "<answer>1 to 2</answer>",
+    "red ",
   ],
 )
 def test_linear_on_long_text(unit):
@@ -512,7 +761,15 @@ def test_linear_on_long_text(unit):
     parsed = answers.parse_completion(reading)
     for part in (parsed.answer or "", parsed.reasoning, reading):
       answers.read_number(part)
-      answers.read_interval(part)
+      grounding_answers.read_interval(part)
       answers.read_choice(part, OPTIONS)
       answers.cited_times(part)
+      answers.cited_frames(part)
+      answers.last_answer(part)
+      grounding_answers.read_last_interval(part)
+      grounding_answers.read_json_interval(part)
+      grounding_answers.read_intervals(part)
+      grounding_answers.read_boxes(part, count=8)
+      grounding_answers.read_indices(part, count=8, num_candidates=128)
+      answers.accuracy(part, sample(kind="free_form", answer="a red disc"))
   assert time.perf_counter() - start < 2  # a quadratic one takes minutes

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cf_jax.data import records
+from cf_jax.data import answers, records
 
 GOOD = {
   "video": "clips/a.mp4",
@@ -130,3 +130,55 @@ def test_no_file_and_no_sample(tmp_path):
   path.write_bytes(b'{"video": "\xe9"}')
   with pytest.raises(ValueError, match="not UTF-8"):
     records.load_jsonl(path)
+
+
+# -- kinds whose truth is more than a text
+
+PLAIN = {"video": "a.mp4", "question": "When?"}
+
+
+def test_questions_that_point(tmp_path):
+  rows = [
+    PLAIN | {"kind": "interval", "start_s": 1.5, "end_s": 4},
+    PLAIN | {"kind": "tracking", "boxes": [[0, 0, 0.5, 1]] * 2},
+    PLAIN | {"kind": "caption", "events": ["it falls ", "it rises"]},
+    GOOD | {"kind": "grounded_qa", "evidence": [[4, 6], [1, 2]]},
+    GOOD | {"kind": "grounded_qa", "start_s": 1, "end_s": 2, "evidence": []},
+    PLAIN | {"kind": "ocr", "answer": "EXIT"},
+  ]
+  made = records.load_jsonl(_manifest(tmp_path, *rows))
+  for sample in made:
+    answers.check_sample(sample)
+  assert (made[0].answer, made[0].evidence) == ("1.50 to 4.00", ((1.5, 4.0),))
+  assert made[1].boxes == ((0.0, 0.0, 0.5, 1.0),) * 2
+  assert made[2].events == ("it falls", "it rises")
+  assert made[2].answer == "it falls it rises"
+  assert made[3].evidence == ((1.0, 2.0), (4.0, 6.0))
+  assert made[4].evidence == ()  # none is not "not annotated"
+  # What the target says is itself the best answer.
+  assert [answers.accuracy(s.answer, s) for s in made[:2]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"kind": "interval"}, "field 'start_s': missing"),
+    ({"kind": "interval", "start_s": 2, "end_s": 2}, "field 'start_s'"),
+    ({"kind": "tracking"}, "field 'boxes': missing"),
+    ({"kind": "tracking", "boxes": [[0, 0, 2, 1]]}, "field 'boxes': got"),
+    ({"kind": "tracking", "boxes": [[0.5, 0, 0.1, 1]]}, "field 'boxes': got"),
+    ({"kind": "tracking", "boxes": [[0, 0, 1]]}, "field 'boxes': got"),
+    ({"kind": "caption", "events": []}, "field 'events': missing"),
+    ({"kind": "caption", "events": ["a", " "]}, "field 'events': got"),
+    ({"kind": "caption", "events": "a"}, "field 'events': got 'a'"),
+    ({"kind": "ocr", "options": ["a", "b"], "answer": "a"}, "field 'kind'"),
+    ({"kind": "grounded_qa", "answer": "x"}, "field 'kind'"),
+    ({"answer": "x", "evidence": [[2, 1]]}, "field 'evidence': got"),
+    ({"answer": "x", "evidence": [1, 2]}, "field 'evidence': got"),
+    ({"kind": ["ocr"], "answer": "x"}, "field 'kind': got ['ocr']"),
+  ],
+)
+def test_bad_truths_name_their_field(tmp_path, change, message):
+  with pytest.raises(ValueError) as caught:
+    records.load_jsonl(_manifest(tmp_path, PLAIN | change))
+  assert message in str(caught.value)
