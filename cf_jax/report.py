@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -412,7 +413,8 @@ def _curve(axes, score, time_s, apex, events, marks, score_name) -> None:
     zorder=4,
   )
   strip = {"linestyle": "none", "clip_on": False, "zorder": 5}
-  top = float(np.nanmax(score, initial=0.0)) or 1.0
+  # Rounding of a constant curve is no shape.
+  top = max(float(np.nanmax(score, initial=0.0)), 1e-3)
   axes.set_ylim(-0.14 * top, 1.22 * top)
   for row, (label, seconds, color) in enumerate(marks, start=1):
     axes.plot(
@@ -495,6 +497,104 @@ def write_report(
   path = workdir / REPORT_FILE
   telemetry.write_text(path, page)
   return path
+
+
+def keyframe_page(
+  path: str | os.PathLike,
+  *,
+  title: str,
+  records: Mapping[str, dict],
+  failed: Mapping[str, str],
+  settings: Mapping[str, Any],
+) -> pathlib.Path:
+  """Writes the page over the keyframes of some videos.
+
+  Pictures are linked, not held: the page moves together with its folder.
+
+  Args:
+    path: of the page; the files of a video lie beside it, in a folder of the
+      video's name.
+    title: heading.
+    records: name of a video -> its keyframes.json.
+    failed: name of a video -> what went wrong.
+    settings: of all of them.
+
+  Returns:
+    The path.
+  """
+  path = pathlib.Path(path)
+  sections = [
+    ("", name, _one_video(name, row)) for name, row in records.items()
+  ]
+  if failed:
+    rows = [[_text(cell) for cell in row] for row in failed.items()]
+    table = _table(["video", "what went wrong"], rows)
+    sections.insert(0, ("left", "Failed", table))
+  rows = [
+    [f"<code>{_text(cell)}</code>" for cell in row]
+    for row in _leaves(dict(settings))
+  ]
+  sections.append(("left", "Settings", _table(["setting", "value"], rows)))
+  body = "".join(
+    f'<section class="{kind}"><h2>{_text(heading)}</h2>{content}</section>'
+    for kind, heading, content in sections
+  )
+  count = sum(len(record["keyframes"]) for record in records.values())
+  videos = "video" if len(records) == 1 else "videos"
+  page = _PAGE.format(
+    title=_text(title),
+    style=_CSS,
+    head=f"<h1>{_text(title)}</h1><p class='quiet'>{count} keyframes of"
+    f" {len(records)} {videos}</p>",
+    body=body,
+  )
+  telemetry.write_text(path, page)
+  return path
+
+
+def _one_video(name: str, record: dict) -> str:
+  """Facts, film strip and keyframes of one video."""
+  about = record["video"]
+  changes = ", variable" if about["variable_fps"] else ""
+  turned = f", turned by {about['rotation']}°" if about["rotation"] else ""
+  facts = {
+    "frames": f"{about['num_frames']}, {record['num_scanned']} scanned",
+    "length": f"{about['duration_s']:.2f} s",
+    "frames a second": f"{about['fps']:.4g}{changes}",
+    "size": f"{about['width']} × {about['height']} px{turned}",
+    "codec": about["codec"],
+    "apexes": len(record["apexes"]),
+  }
+  caption = "".join(
+    f"<span><b>{_text(key)}</b> {_text(value)}</span>"
+    for key, value in facts.items()
+  )
+  problem = about["problem"]
+
+  def link(file: str) -> str:
+    return _text(urllib.parse.quote(f"{name}/{file}"))
+
+  strip = link(record["film_strip"])
+  rows = [
+    [
+      f'<a href="{link(row["file"])}">frame {row["frame_index"]}</a>',
+      f"{row['timestamp']:.3f}",
+      f"{row['segment']['start']:.2f} – {row['segment']['end']:.2f}",
+      f"{row['apex']['timestamp']:.3f}" if row["apex"] else "–",
+      f"{row['score']:.2f}",
+      f"{row['saliency']:.2f}",
+    ]
+    for row in record["keyframes"]
+  ]
+  head = ("keyframe", "time (s)", "segment (s)", "opened by the apex at (s)")
+  table = _table([*head, "score", "saliency"], rows)
+  return (
+    (f'<p class="bad">{_text(problem)}</p>' if problem else "")
+    + f'<figure><a href="{strip}"><img loading="lazy" src="{strip}"'
+    f' alt="Keyframes of {_text(name)} over the score curve"></a>'
+    f"<figcaption>{caption}</figcaption></figure>"
+    f"<details><summary>Keyframes</summary>{table}</details>"
+  )
 
 
 def _read_json(path: pathlib.Path) -> dict:

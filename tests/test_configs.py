@@ -106,13 +106,18 @@ BINDS = {
     ),
   },
   "export": {"mesh": MESH},
+  "keyframes": {
+    "mesh": MESH,
+    "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
+  },
 }
-# Read key by key by the programs (test_train.py and test_ask.py check that
-# each is read).
+# Read key by key by the programs (test_train.py, test_ask.py and
+# test_keyframes.py check that each is read).
 PLAIN = {
   "train": ("", "data", "prompt", "sft", "rl", "report", "reward.weight"),
   "ask": ("", "prompt"),
   "export": ("",),
+  "keyframes": ("", "scan"),
 }
 # `tau` is rollout_contrast's; the views of `num_shuffles` are made before.
 ELSEWHERE = {"contrast": ("num_shuffles", "tau")}

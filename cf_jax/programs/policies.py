@@ -282,6 +282,37 @@ def load_policy(
   return Policy(model, params, tokenizer, folder, str(folder))
 
 
+def load_vision(
+  path: str,
+  mesh: jax.sharding.Mesh,
+  *,
+  dtype: str | None = None,
+  init_from: str = "",
+) -> tuple[model_config.VLMConfig, dict, str]:
+  """Opens the vision tower of a policy; of a directory, nothing else is read.
+
+  Args:
+    path: as in `load_policy`.
+    mesh: where the parameters go.
+    dtype: as in `load_policy`.
+    init_from: as in `load_policy`.
+
+  Returns:
+    The model, its parameters under "vision", and where they were read.
+
+  Raises:
+    ValueError: neither kind of directory, or one that cannot be read.
+  """
+  described = describe(path, init_from)
+  if is_run(path):
+    policy = load_policy(
+      path, mesh, dtype=dtype, init_from=init_from, described=described
+    )
+    return policy.model, {"vision": policy.params["vision"]}, policy.source
+  model, params = hf_weights.load_hf(path, mesh, dtype=dtype, part="vision")
+  return model, params, str(path)
+
+
 def _run_config(
   workdir: pathlib.Path, init_from: str
 ) -> ml_collections.ConfigDict:
