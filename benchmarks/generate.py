@@ -95,7 +95,9 @@ class Ours:
       )
 
     self._start, self._advance, self._whole = start, advance, whole
-    self._unstack = jax.jit(vlm.unstacked)
+    self._unstack = jax.jit(
+      functools.partial(vlm.unstacked, config, rows=_ROWS.value)
+    )
 
   def in_steps(self) -> tuple[np.ndarray, dict[str, float]]:
     """Ids [rows, tokens] and seconds of the phases."""

@@ -141,7 +141,9 @@ def measure(config, params, *, text, frames, group, tokens) -> dict:
 
     return jax.value_and_grad(loss)(params)
 
-  apart = params | jax.jit(vlm.unstacked)(params)
+  apart = jax.jit(  # the tower is not in it, nor does decoding want one
+    functools.partial(vlm.unstacked, config, rows=group)
+  )(params)
   taken = {phase: [] for phase in PHASES}
   for index in range(1 + _REPEATS.value):  # the first compiles
     times = {}

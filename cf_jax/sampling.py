@@ -14,6 +14,7 @@ as they come jits the two itself, donates the state, and gives `advance` a limit
 that grows: the tokens are those of `generate`.
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -96,6 +97,26 @@ class Decoding:
       logprob=self.logprob,
       finished=self.done,
     )
+
+
+def check_settings(
+  *,
+  max_tokens: int,
+  temperature: float,
+  top_p: float,
+  top_k: int,
+  num_completions: int = 1,
+) -> None:
+  """Raises a ValueError for a value of config.sampling that is out of range."""
+  for name, value, fits, what in (
+    ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+    ("num_completions", num_completions, num_completions >= 1, "at least 1"),
+    ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+    ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+  ):
+    if not fits:
+      raise ValueError(f"config.sampling.{name} must be {what}, got {value!r}")
 
 
 def _ends(token: jax.Array, eos_id: int | Sequence[int]) -> jax.Array:

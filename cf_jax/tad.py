@@ -21,7 +21,7 @@ Everything is computed in float32, in float64 for float64 input.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import chex
@@ -37,16 +37,22 @@ MAD_TO_STD = 1.4826  # the standard deviation of a normal with this MAD
 
 
 def _widen(value: Array) -> Array:
+  value = jnp.asarray(value)  # numpy cannot be indexed inside jit
   return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 # Frames that do not exist -----------------------------------------------------
 
 
-def _resolve_mask(embedding: Array, mask: Array | None) -> Array:
+def _as_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
+  """A bool array of that shape; None stays None."""
   if mask is None:
-    return jnp.ones(embedding.shape[:1], bool)
-  return mask
+    return None
+  if mask.shape != shape:
+    raise ValueError(
+      f"mask has shape {mask.shape}, expected {shape}, an entry for every frame"
+    )
+  return jnp.asarray(mask, bool)
 
 
 def _real_first(mask: Array) -> Array:
@@ -84,6 +90,7 @@ def _require_finite(embedding: Array, mask: Array | None) -> None:
   if any(isinstance(x, jax.core.Tracer) for x in (embedding, mask)):
     return
   with jax.ensure_compile_time_eval():  # a constant of someone else's jit
+    mask = _as_mask(mask, embedding.shape[:-1])
     bad = ~jnp.all(jnp.isfinite(embedding), axis=-1)
     bad = bad if mask is None else bad & mask
     number = int(jnp.sum(bad))
@@ -100,6 +107,13 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     raise ValueError(
       f"{name}={value!r}, expected one of {', '.join(map(repr, choices))}"
     )
+
+
+def _check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+  scales = tuple(scales)
+  if not scales or min(scales) < 1:
+    raise ValueError(f"scales={scales}, expected window lengths of at least 1")
+  return scales
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -167,6 +181,7 @@ def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
     float[T, E], 0 in masked frames.
   """
   chex.assert_rank(embedding, 2)
+  mask = _as_mask(mask, embedding.shape[:1])
   feature = _gather(_widen(embedding), mask)
   count = _count(embedding.shape[0], mask)
   return _spread(_median_of_three(feature, count).T, mask).T
@@ -383,12 +398,11 @@ def variation_scores(
   """
   chex.assert_rank(embedding, 2)
   _check_choice("metric", metric, ("cosine", "l2"))
-  scales = tuple(scales)
-  if not scales or min(scales) < 1:
-    raise ValueError(f"scales={scales}, expected window lengths of at least 1")
+  scales = _check_scales(scales)
   if smoothing < 0:
     raise ValueError(f"smoothing={smoothing}, expected 0 or more frames")
   _require_finite(embedding, mask)
+  mask = _as_mask(mask, embedding.shape[:1])
   feature = _gather(_widen(embedding), mask)
   count = _count(embedding.shape[0], mask)
   score = _variation(
@@ -423,9 +437,10 @@ def score_chunks(
   Returns:
     float[T] of all frames.
   """
+  scales = _check_scales(scales)
   reach = max(scales) + 1  # frames on either side that a score depends on
   held, done, scores = None, 0, []
-  settings = dict(settings, scales=tuple(scales))
+  settings["scales"] = scales
   for chunk in chunks:
     held = chunk if held is None else jnp.concatenate([held, chunk])
     stop = held.shape[0] - reach
@@ -499,11 +514,38 @@ def _keep_apart(peak: Array, value: Array, min_gap: int) -> Array:
   return jax.lax.while_loop(lambda state: jnp.any(state[0]), settle, start)[1]
 
 
+_VALLEY = 32  # places on either side in which a peak's valley is looked for
+
+
+def _keep_prominent(peak: Array, value: Array, prominence: float) -> Array:
+  """Drops the peaks on the shoulder of a higher one.
+
+  Such a peak has a higher place within reach, and on the way there the curve
+  does not fall to `1 - prominence` of the peak.
+  """
+  low = (1 - prominence) * value
+
+  def walk(state):
+    step, before, after, left, right, shoulder = state
+    before, after = _shift(before, -1), _shift(after, 1)
+    left, right = left & (before > low), right & (after > low)
+    shoulder |= (left & (before > value)) | (right & (after > value))
+    return step + 1, before, after, left, right, shoulder
+
+  def undecided(state):
+    step, _, _, left, right, shoulder = state
+    return (step < _VALLEY) & jnp.any((left | right) & ~shoulder)
+
+  start = (0, value, value, peak, peak, jnp.zeros_like(peak))
+  return peak & ~jax.lax.while_loop(undecided, walk, start)[-1]
+
+
 def _inflections(
   value: Array,
   count: Array,
   *,
   gate: float,
+  prominence: float,
   min_gap: int,
   strength: str,
   softness: float,
@@ -523,6 +565,7 @@ def _inflections(
   apex = _peaks(fixed, inside)
   apex &= fixed > middle + gate * MAD_TO_STD * unit
   apex &= top - low >= flat
+  apex = _keep_prominent(apex, fixed, prominence)
   apex = _keep_apart(apex, fixed, min_gap)
 
   before, after = _shift(value, -1), _shift(value, 1)
@@ -540,6 +583,7 @@ def detect_inflections(
   mask: Array | None = None,
   *,
   gate: float = 4.0,
+  prominence: float = 0.7,
   min_gap: int = 3,
   strength: Literal["soft", "hard"] = "soft",
   softness: float = 1.0,
@@ -548,8 +592,11 @@ def detect_inflections(
   """Finds the apexes of the variation curve.
 
   An apex rises above both neighbours (a plateau counts once, at its centre),
-  exceeds `median + gate * 1.4826 * unit`, and has no higher apex nearer than
-  `min_gap`. The strength, for ranking and gradients, is
+  exceeds `median + gate * 1.4826 * unit`, has no higher apex nearer than
+  `min_gap`, and is prominent: between it and the nearest higher place within 32
+  frames, on either side, v falls to `1 - prominence` of the apex or lower. A
+  dissolve is one hill with several tops, and has one apex. The strength, for
+  ranking and gradients, is
 
       a_t = sigmoid((v_t - v_{t-1}) / tau) * sigmoid((v_t - v_{t+1}) / tau)
             * relu(2 v_t - v_{t-1} - v_{t+1}),   tau = softness * unit,
@@ -562,6 +609,8 @@ def detect_inflections(
     variation: float[T] of `variation_scores`.
     mask: bool[T] real frames; None means all.
     gate: height above the median in robust standard deviations.
+    prominence: 0 to 1, the share of its height that an apex stands out of a
+      higher one's slope; 0 for any.
     min_gap: least distance of two apexes in frames.
     strength: "soft" as above, or "hard": the curvature at apexes, else 0.
     softness: tau in units of the curve's own spread.
@@ -573,12 +622,14 @@ def detect_inflections(
   chex.assert_rank(variation, 1)
   _check_choice("strength", strength, ("soft", "hard"))
   _check_positive("min_gap", min_gap)
+  mask = _as_mask(mask, variation.shape)
   value = _gather(_widen(variation), mask)
   count = _count(variation.shape[0], mask)
   apex, bend = _inflections(
     value,
     count,
     gate=gate,
+    prominence=prominence,
     min_gap=min_gap,
     strength=strength,
     softness=softness,
@@ -618,6 +669,7 @@ def uniform_index(mask: Array, num_keyframes: int) -> Array:
   """
   chex.assert_rank(mask, 1)
   _check_positive("num_keyframes", num_keyframes)
+  mask = _as_mask(mask, mask.shape)
   count = _count(mask.shape[0], mask)
   index = _uniform(count, num_keyframes)
   valid = jnp.arange(num_keyframes) < count
@@ -759,7 +811,7 @@ def relevance_scores(embedding: Array, query: Array) -> Array:
   """float[T]: the cosine of every frame with a query, float[E]."""
   chex.assert_rank([embedding, query], [2, 1])
   feature = _widen(embedding)
-  query = query.astype(feature.dtype)
+  query = _widen(query).astype(feature.dtype)
   (square,) = _row_dots([feature], [feature])
   return _over_norm(_dot(feature, query), square * jnp.sum(query * query))
 
@@ -774,6 +826,7 @@ def _fitness(
   count: Array,
   low: Array,
   high: Array,
+  owner: Array,
   shown: str,
 ) -> Array:
   """[T] how well each frame stands for its piece; the best one is shown."""
@@ -788,7 +841,6 @@ def _fitness(
     return -_standardize(rough, inside)
   if shown == "apex":
     return _standardize(variation, inside)
-  owner = jnp.sum(time[:, None] >= low[None, 1:], axis=1)
   if shown == "middle":
     offset = 2 * time - (low + high - 1)[owner]
     return -jnp.abs(offset) / jnp.maximum(high - low, 1)[owner].astype(
@@ -863,18 +915,23 @@ def _distill(
     embedding = feature[jnp.minimum(index, size - 1)]
     embedding = jnp.where(valid[:, None], embedding, 0)
   else:
-    fit = _fitness(feature, steady, variation, count, low, high, shown)
-    fit += extra
+    owner = jnp.sum(time[:, None] >= low[None, 1:], axis=1)  # its piece
+    fit = _fitness(feature, steady, variation, count, low, high, owner, shown)
+    broken = jnp.isnan(jnp.sum(variation + fit))
+    # Without an apex a frame is the fitter the nearer it is to its even place.
+    length = jnp.maximum(high - low, 1)[owner].astype(feature.dtype)
+    near = -2 * jnp.abs(time - spaced[owner]) / length
+    fit = jnp.where(even, near, fit) + jnp.where(broken, 0, extra)
     support = (time >= low[:, None]) & (time < high[:, None])
     if shown in ("calmest", "medoid"):
       edge = (high - low + 1) // 4
       central = (time >= (low + edge)[:, None]) & (
         time < (high - edge)[:, None]
       )
-      support &= central | (even & (time == spaced[:, None]))
+      support &= central | even
     support &= valid[:, None]
     index, weight = _soft_rows(fit, support, temperature)
-    index = jnp.where(even, spaced, index)
+    weight = jnp.where(broken, jnp.nan, weight)
     embedding = _dot(weight, feature)
     if selection == "straight_through":
       hard = (time == index[:, None]) & valid[:, None]
@@ -939,7 +996,8 @@ def distill_keyframes(
   apexes cut the video into segments; where there are more apexes, `crowded`
   says which parts go without a frame. Each segment gets one frame, spare frames
   go one by one to the largest length / (frames so far) and split their segment
-  evenly. Without any apex the frames are exactly those of `uniform_index`.
+  evenly. Without any apex the frames are exactly those of `uniform_index`, but
+  where a query or a bonus speaks for another frame of the same part.
   Saliency is the priority of the apex that opens the segment, over the highest.
 
   Args:
@@ -989,17 +1047,18 @@ def distill_keyframes(
   if selection == "stochastic" and rng is None:
     raise ValueError('selection="stochastic" draws frames, expected rng=key')
   size = embedding.shape[0]
+  mask = _as_mask(mask, (size,))
   feature = _gather(_widen(embedding), mask)
   count = _count(size, mask)
+  variation, apex = _widen(variation), jnp.asarray(apex, bool)
   extra = jnp.zeros(size, feature.dtype)
   if query is not None:
     extra += relevance_weight * relevance_scores(feature, query)
   if bonus is not None:
-    extra += _gather(bonus.astype(feature.dtype), mask)
-  value = _gather(_widen(variation), mask)
+    extra += _gather(_widen(bonus).astype(feature.dtype), mask)
   found = _distill(
     feature,
-    value,
+    _gather(variation, mask),
     _gather(apex, mask),
     _gather(_widen(strength), mask),
     extra,
@@ -1128,7 +1187,9 @@ def selection_logprob(
   chex.assert_rank([score, order], [1, 1])
   _check_positive("min_gap", min_gap)
   size = score.shape[0]
+  mask = _as_mask(mask, (size,))
   inside = jnp.arange(size) < _count(size, mask)
+  order = jnp.asarray(order)
   if mask is not None:
     rank = jnp.append(jnp.cumsum(mask) - 1, size)
     order = rank[order]
@@ -1152,6 +1213,7 @@ def select_keyframes(
   median: bool = True,
   smoothing: float = 0.0,
   gate: float = 4.0,
+  prominence: float = 0.7,
   min_gap: int = 3,
   strength: Literal["soft", "hard"] = "soft",
   softness: float = 1.0,
@@ -1180,7 +1242,8 @@ def select_keyframes(
     scales: window lengths in frames.
     median: temporal median of three first.
     smoothing: Gaussian over the curve, in frames.
-    gate: see `detect_inflections`, as min_gap, strength, softness and flat.
+    gate: see `detect_inflections`, as the five that follow.
+    prominence: of an apex, as a share of its height.
     min_gap: least distance of two apexes, and of two stochastic picks.
     strength: "soft" or "hard".
     softness: of the soft strength.
@@ -1210,6 +1273,7 @@ def select_keyframes(
     variation,
     mask,
     gate=gate,
+    prominence=prominence,
     min_gap=min_gap,
     strength=strength,
     softness=softness,
@@ -1250,6 +1314,25 @@ _STATIC = (
 )
 
 
+def _over_videos(one: Callable, embedding: Array, *arrays: Array | None):
+  """vmap of `one`, also over a mesh with Explicit axes.
+
+  No frame of a video depends on another video, so that splitting the videos
+  needs no word from the user; gathers and sorts inside would ask for one.
+  """
+  many = jax.vmap(one)
+  place = jax.typeof(embedding).sharding
+  explicit = place.mesh.explicit_axes
+  if not explicit:
+    return many(embedding, *arrays)
+  split = jax.sharding.PartitionSpec(place.spec[0])
+  return jax.sharding.auto_axes(
+    many,
+    axes=explicit,
+    out_sharding=jax.sharding.NamedSharding(place.mesh, split),
+  )(embedding, *arrays)
+
+
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _select_batch(embedding, mask, rng, query, bonus, **settings):
   def one(embedding, mask, rng, query, bonus):
@@ -1257,7 +1340,7 @@ def _select_batch(embedding, mask, rng, query, bonus, **settings):
       embedding, mask, rng=rng, query=query, bonus=bonus, **settings
     )
 
-  return jax.vmap(one)(embedding, mask, rng, query, bonus)
+  return _over_videos(one, embedding, mask, rng, query, bonus)
 
 
 def select_videos(
@@ -1270,6 +1353,9 @@ def select_videos(
   **settings,
 ) -> Keyframes:
   """`select_keyframes` of a batch, jit-compiled.
+
+  Split over devices along B, it stays split, whatever the mesh's axis types. (A
+  vmap of your own over Explicit axes goes inside `jax.sharding.auto_axes`.)
 
   Args:
     embedding: float[B, T, E].
@@ -1294,7 +1380,7 @@ def select_videos(
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _score_batch(embedding, mask, **settings):
   score = functools.partial(variation_scores, **settings)
-  return jax.vmap(score)(embedding, mask)
+  return _over_videos(score, embedding, mask)
 
 
 def score_videos(

@@ -56,6 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.tad = dict(
     scales=(2, 4),  # windows that are compared, in scanned frames
     gate=4.0,  # how far an apex stands out, in robust standard deviations
+    prominence=0.7,  # and out of a higher one's slope, a share of its height
     min_gap=3,  # scanned frames between two apexes, at least
     shown="calmest",  # of a segment; or "middle", "medoid", "first", "apex"
     crowded="novelty",  # which of too many segments stay; or "priority"

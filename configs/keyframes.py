@@ -59,6 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     median=True,  # of three frames, before: a flash of one frame is no cut
     smoothing=0.0,  # of the curve, in frames
     gate=4.0,  # how far an apex stands out, in robust standard deviations
+    prominence=0.7,  # and out of a higher one's slope, a share of its height
     min_gap=3,  # scanned frames between two apexes, at least
     strength="soft",  # of an apex: or "hard"
     softness=1.0,  # of the soft strength

@@ -11,6 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.signal
 from hypothesis import strategies as st
 
 from cf_jax import tad
@@ -171,6 +172,9 @@ def test_dtypes(metric):
       assert getattr(keyframes, name).dtype == jnp.float32, name
     for name in whole:
       assert getattr(keyframes, name).dtype == jnp.int32, name
+  half = jnp.asarray(frame, jnp.bfloat16)
+  score = jitted(tad.variation_scores, metric=metric)
+  np.testing.assert_array_equal(score(half), score(half.astype(jnp.float32)))
   with jax.enable_x64(True):
     keyframes = types(jnp.float64)
     for name in real:
@@ -203,7 +207,7 @@ def test_apex_and_strength_golden(wrap):
 
 def test_soft_strength_becomes_the_hard_one():
   value = jnp.asarray([0, 0.2, 0.9, 0.3, 0.35, 0.2, 0.1, 0.8, 0.1, 0.2])
-  kwargs = dict(gate=0.0, min_gap=1)
+  kwargs = dict(gate=0.0, prominence=0.0, min_gap=1)
   hard = jitted(tad.detect_inflections, strength="hard", **kwargs)(value)[1]
   soft = jitted(tad.detect_inflections, softness=1e-4, **kwargs)(value)[1]
   assert np.flatnonzero(hard).tolist() == [2, 4, 7]
@@ -214,11 +218,38 @@ def test_soft_strength_becomes_the_hard_one():
 def test_gate_and_gap_golden():
   # Of the values after the first the median is 3 and the MAD 1.
   value = [0, 1, 3, 2, 4, 3, 9, 2, 4, 1]
-  assert apexes(value, gate=2.0, min_gap=1) == [6]  # above 3 + 2.97
-  assert apexes(value, gate=0.5, min_gap=1) == [4, 6, 8]  # above 3.74
-  assert apexes(value, gate=-1.0, min_gap=1) == [2, 4, 6, 8]
-  assert apexes(value, gate=-1.0, min_gap=3) == [2, 6]  # 4 and 8 are near 6
-  assert apexes(value, gate=-1.0, min_gap=5) == [6]
+  found = functools.partial(apexes, value, prominence=0.0)
+  assert found(gate=2.0, min_gap=1) == [6]  # above 3 + 2.97
+  assert found(gate=0.5, min_gap=1) == [4, 6, 8]  # above 3.74
+  assert found(gate=-1.0, min_gap=1) == [2, 4, 6, 8]
+  assert found(gate=-1.0, min_gap=3) == [2, 6]  # 4 and 8 are near 6
+  assert found(gate=-1.0, min_gap=5) == [6]
+
+
+def test_prominence_golden():
+  found = functools.partial(apexes, gate=0.0, min_gap=1)
+  # On the way from the 5s to the 6 the curve falls to 4, from the 3 to the 6
+  # to 1: four fifths and a third of their heights.
+  value = [0, 0, 5, 4, 6, 4, 5, 1, 3, 0, 0, 0, 0]
+  assert found(value, prominence=0.1) == [2, 4, 6, 8]
+  assert found(value, prominence=0.3) == [4, 8]
+  assert found(value, prominence=0.6) == [4, 8]
+  assert found(value, prominence=0.7) == [4]
+  # Equal tops of one hill are both the highest: min_gap takes one of them.
+  assert found([0, 0, 5, 4, 5, 0, 0, 0], prominence=0.9) == [2, 4]
+
+
+@few
+@hypothesis.given(seeds)
+def test_prominence_is_that_of_scipy(seed):
+  value = np.random.default_rng(seed).integers(0, 30, 32).astype(np.float32)
+  value[0] = 0
+  found = functools.partial(apexes, value, gate=-99.0, min_gap=1)
+  every = np.array(found(prominence=0.0))
+  closed = np.append(value, 0)  # at both ends the ground
+  height = scipy.signal.peak_prominences(closed, every)[0]
+  want = every[height >= value[every] / 2].tolist()
+  assert found(prominence=0.5) == want
 
 
 def test_plateaus_and_ends():
@@ -265,6 +296,32 @@ def test_clear_cuts_are_all_found(seed, num_cuts):
   shot = np.searchsorted(cuts, keyframes.index, side="right")
   assert set(shot) == set(range(num_cuts + 1))
   assert flicker not in keyframes.index.tolist()
+
+
+@pytest.mark.parametrize("flicker", [0, 1, 7, 17, 23, 38, 39])
+def test_one_frame_flicker_is_no_apex(flicker):
+  frames, cuts = shots([20, 20])
+  frames[flicker] = np.random.default_rng(1).normal(size=12)
+  keyframes = select(frames)
+  assert np.flatnonzero(keyframes.apex).tolist() == cuts.tolist()
+  assert flicker not in keyframes.index.tolist()
+
+
+def test_ties_go_to_the_earlier():
+  """Four apexes of one height and K for three, the same in any program."""
+  frames = rows(*[A, B] * 3)[jnp.repeat(jnp.arange(5), 8)]
+  choose = functools.partial(
+    tad.select_keyframes,
+    num_keyframes=3,
+    crowded="priority",
+    scales=(1,),
+  )
+  one = jax.jit(choose)(frames)
+  assert np.flatnonzero(one.apex).tolist() == [8, 16, 24, 32]
+  assert one.segment.tolist() == [[0, 8], [8, 16], [16, 40]]
+  many = jax.jit(jax.vmap(choose))(jnp.stack([frames, frames]))
+  for video in range(2):
+    assert many.index[video].tolist() == one.index.tolist()
 
 
 # -- stage 3: distillation
@@ -373,6 +430,27 @@ def test_query_and_bonus_steer():
   assert told.index.tolist()[1] == 17
 
 
+def test_query_and_bonus_steer_a_video_without_an_apex():
+  # Parts 0-4, 4-8, 8-12 around frames 2, 6, 10; a step away costs 2 / 4.
+  choose = functools.partial(select, jnp.ones((12, 3)), num_keyframes=3)
+  bonus = np.zeros(12)
+  bonus[5] = 0.6
+  keyframes = choose(bonus=bonus)
+  assert keyframes.index.tolist() == [2, 5, 10]
+  power = np.exp([-1, -0.5 + 0.6, 0, -0.5])
+  np.testing.assert_allclose(
+    keyframes.weight[1, 4:8], power / power.sum(), rtol=1e-5
+  )
+  bonus[5] = 0.4
+  assert choose(bonus=bonus).index.tolist() == [2, 6, 10]
+  # What says the same of every frame says nothing.
+  assert choose(bonus=np.ones(12)).index.tolist() == [2, 6, 10]
+  rng = np.random.default_rng(0)
+  still = 1 + 1e-7 * rng.normal(size=(12, 3)).astype(np.float32)
+  asked = select(still, num_keyframes=3, query=jnp.asarray([1.0, 2, 3]))
+  assert asked.index.tolist() == [2, 6, 10]
+
+
 # -- uniform frames
 
 
@@ -410,7 +488,37 @@ def test_static_video_gives_the_uniform_frames(size, number, rounding):
   assert not np.any(keyframes.apex) and not np.any(keyframes.saliency)
   np.testing.assert_allclose(keyframes.weight.sum(1), keyframes.mask, atol=1e-6)
   shown = np.asarray(keyframes.weight)[range(real), want[:real]]
-  assert np.all(shown > 0)  # the shown frame has weight
+  np.testing.assert_array_equal(shown, keyframes.weight.max(1)[:real])
+
+
+@pytest.mark.parametrize(
+  ("selection", "number"),
+  [("soft", 1), ("straight_through", 3), ("stochastic", 3)],
+)
+def test_video_of_one_frame(selection, number):
+  frame = jnp.asarray([[3.0, -4.0]])
+
+  def choose(frame):
+    keyframes = tad.select_keyframes(
+      frame,
+      num_keyframes=number,
+      selection=selection,
+      rng=jax.random.key(0) if selection == "stochastic" else None,
+    )
+    return jnp.sum(keyframes.embedding), keyframes
+
+  slope, keyframes = jax.jit(jax.grad(choose, has_aux=True))(frame)
+  spare = number - 1
+  assert keyframes.index.tolist() == [0] + [1] * spare
+  assert keyframes.order.tolist() == [0] + [1] * spare
+  assert keyframes.mask.tolist() == [True] + [False] * spare
+  assert keyframes.weight.tolist() == [[1]] + [[0]] * spare
+  assert keyframes.segment.tolist() == [[0, 1]] + [[1, 1]] * spare
+  assert keyframes.embedding.tolist() == [[3, -4]] + [[0, 0]] * spare
+  assert keyframes.variation.tolist() == [0]
+  assert keyframes.apex.tolist() == [False]
+  assert keyframes.logprob == 0
+  assert slope.tolist() == [[1, 1]]
 
 
 # -- properties
@@ -541,9 +649,50 @@ def test_batch_is_a_loop_and_other_videos_do_not_matter():
     chex.assert_trees_all_close(picked, one, atol=2e-6)
   # A list of scales, as a config gives it, and a scan instead of a vmap.
   listed = tad.score_videos(batch, mask, scales=[2, 4])
-  scanned = jax.lax.map(lambda x: tad.variation_scores(*x), (batch, mask))
   np.testing.assert_allclose(listed, many.variation, atol=2e-6)
-  np.testing.assert_allclose(scanned, many.variation, atol=2e-6)
+
+  def step(seen, video):
+    keyframes = tad.select_keyframes(*video, num_keyframes=4)
+    return seen + jnp.sum(keyframes.mask), keyframes
+
+  seen, scanned = jax.lax.scan(step, 0, (batch, mask))
+  assert seen == 4 + 4 + 3 + 4
+  chex.assert_trees_all_close(scanned, many, atol=2e-6)
+
+
+def test_numpy_arrays_can_be_constants_of_a_jit():
+  frames, _ = shots([9, 14])
+  mask = np.arange(23) != 4
+  curve = np.random.default_rng(0).random(23)
+  order = np.array([7, 2, 23])
+
+  def everything(frames, mask, curve, order, apex):
+    return (
+      tad.select_keyframes(
+        frames, mask, num_keyframes=3, query=frames[3], bonus=curve
+      ),
+      tad.distill_keyframes(frames, curve, apex, curve, mask, num_keyframes=3),
+      tad.detect_inflections(curve, mask),
+      tad.temporal_median(frames, mask),
+      tad.uniform_index(mask, 3),
+      tad.relevance_scores(frames, frames[3]),
+      tad.selection_logprob(curve, order, mask),
+    )
+
+  arrays = (frames, mask, curve, order, np.arange(23) == 9)
+  want = jax.jit(everything)(*arrays)
+  ones = mask.astype(np.int32)  # as tokenizers make them
+  got = jax.jit(lambda: everything(frames, ones, *arrays[2:]))()
+  chex.assert_trees_all_close(got, want, atol=1e-6)
+  frames[7] = np.nan
+  with pytest.raises(ValueError, match="NaN or inf in 1 of 23"):
+    jax.jit(lambda: tad.variation_scores(frames, mask))()
+
+
+def test_mask_of_another_length():
+  for score in (tad.variation_scores, jax.jit(tad.variation_scores)):
+    with pytest.raises(ValueError, match=r"mask has shape \(4,\).* \(5,\)"):
+      score(jnp.ones((5, 2)), jnp.ones(4, bool))
 
 
 def test_nan_is_an_error_outside_jit_and_stays_in_its_video_inside():
@@ -667,6 +816,43 @@ def test_soft_gradient_equals_finite_differences():
       )
 
 
+def test_forward_mode_and_second_derivatives():
+  with jax.enable_x64(True):
+    frames, _ = shots([5, 6], seed=2, width=3, noise=0.3)
+    rng = np.random.default_rng(0)
+    frames = jnp.asarray(frames, jnp.float64)
+    ray = jnp.asarray(rng.normal(size=frames.shape))
+    probe = jnp.asarray(rng.normal(size=(2, 3)))
+
+    def loss(frames):
+      keyframes = tad.select_keyframes(frames, num_keyframes=2)
+      value = jnp.sum(probe * keyframes.embedding**2)
+      return value + jnp.sum(keyframes.weight**3)
+
+    step = 1e-5
+
+    @jax.jit
+    def everything(frames):
+      slope = jax.grad(loss)
+      return {
+        "forward": jax.jvp(loss, (frames,), (ray,))[1],
+        "backward": jnp.sum(slope(frames) * ray),
+        "second": jax.jvp(slope, (frames,), (ray,))[1],
+        "value": loss(frames),
+        "slope": slope(frames),
+      }
+
+    here, ahead, behind = (
+      everything(frames + n * step * ray) for n in (0, 1, -1)
+    )
+    rise = (ahead["value"] - behind["value"]) / (2 * step)
+    assert float(here["forward"]) == pytest.approx(float(rise), rel=1e-6)
+    assert float(here["backward"]) == pytest.approx(float(rise), rel=1e-6)
+    bend = (ahead["slope"] - behind["slope"]) / (2 * step)
+    np.testing.assert_allclose(here["second"], bend, rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(bend)) > 0.1
+
+
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("smoothing", [0.0, 1.5])
 def test_variation_gradient_equals_finite_differences(metric, smoothing):
@@ -692,8 +878,7 @@ def test_variation_gradient_equals_finite_differences(metric, smoothing):
 def test_straight_through():
   frames = jnp.asarray(shots([9, 14, 17], noise=0.2)[0])
   rng = np.random.default_rng(0)
-  probe = jnp.asarray(rng.normal(size=(4, 12)), jnp.float32)
-  tilt = jnp.asarray(rng.normal(size=(4, 40)), jnp.float32)
+  probe, tilt = rng.normal(size=(4, 12)), rng.normal(size=(4, 40))
 
   def loss(frames, selection):
     keyframes = tad.select_keyframes(
@@ -703,13 +888,51 @@ def test_straight_through():
     return value + jnp.sum(tilt * keyframes.weight), keyframes
 
   slope = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-  soft_slope, soft = slope(frames, "soft")
-  hard_slope, hard = slope(frames, "straight_through")
-  assert hard.index.tolist() == soft.index.tolist()
-  np.testing.assert_array_equal(hard.embedding, frames[hard.index])
-  np.testing.assert_array_equal(hard.weight, jax.nn.one_hot(hard.index, 40))
-  # Two programs add in different orders: equal but for the last digit.
-  np.testing.assert_allclose(hard_slope, soft_slope, rtol=0, atol=2e-7)
+  with jax.enable_x64(True):
+    wide = jnp.asarray(frames, jnp.float64)
+    soft_slope, soft = slope(wide, "soft")
+    hard_slope, hard = slope(wide, "straight_through")
+    # Compiled, the two add in different orders; see the next test.
+    np.testing.assert_allclose(hard_slope, soft_slope, rtol=0, atol=1e-12)
+    assert np.max(np.abs(soft_slope)) > 0.1
+  narrow = select(frames, selection="straight_through")
+  for source, keyframes in ((wide, hard), (frames, narrow)):
+    index = np.asarray(soft.index)
+    assert keyframes.index.tolist() == index.tolist()
+    np.testing.assert_array_equal(
+      keyframes.embedding, np.asarray(source)[index]
+    )
+    np.testing.assert_array_equal(keyframes.weight, np.eye(40)[index])
+
+
+def test_straight_through_gradient_is_the_soft_one_to_the_last_bit():
+  """Operation by operation, as nothing is fused then."""
+  rng = np.random.default_rng(0)
+  frames, _ = shots([5, 6], width=3, noise=0.2)
+  apex = jnp.arange(11) == 5
+  probe = rng.normal(size=(3, 3)).astype(np.float32)
+  tilt = rng.normal(size=(3, 11)).astype(np.float32)
+  curves = jnp.asarray(rng.random((3, 11)), jnp.float32)
+
+  def loss(frames, curves, selection):
+    variation, strength, bonus = curves
+    keyframes = tad.distill_keyframes(
+      frames,
+      variation,
+      apex,
+      strength,
+      num_keyframes=3,
+      selection=selection,
+      bonus=bonus,
+    )
+    value = jnp.sum(probe * keyframes.embedding)
+    return value + jnp.sum(tilt * keyframes.weight)
+
+  slope = jax.grad(loss, argnums=(0, 1))
+  soft = slope(jnp.asarray(frames), curves, "soft")
+  hard = slope(jnp.asarray(frames), curves, "straight_through")
+  chex.assert_trees_all_equal(hard, soft)
+  assert all(np.any(leaf != 0) for leaf in soft)
 
 
 def test_straight_through_tokens():

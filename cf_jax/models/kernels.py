@@ -129,6 +129,13 @@ def _guard_lowering(context, x, *, name):
       f"attention {name!r} runs on {_PLATFORM[name]}, got a program for"
       f" {' and '.join(platforms)}; {_SETTING} to 'auto' or 'xla'"
     )
+  # XLA does not split a Mosaic kernel over a mesh.
+  count = getattr(context.module_context.axis_context, "num_devices", 1)
+  if name == "splash" and count > 1:
+    raise ValueError(
+      f"attention 'splash' serves one device, got a program for {count};"
+      f" {_SETTING} to 'xla'"
+    )
   return [x]
 
 

@@ -133,6 +133,11 @@ def turn(layer: dict) -> dict:
   return traverse_util.unflatten_dict(turned)
 
 
+def are_few(rows: int) -> bool:
+  """Is a matmul of so many rows one that tables are for?"""
+  return 1 < rows <= _FEW_ROWS
+
+
 def times_table(
   x: jax.Array, table: jax.Array, dtype: jnp.dtype | None = None
 ) -> jax.Array:
@@ -152,8 +157,7 @@ def times_table(
     y = jax.lax.optimization_barrier(y)
     return y.T.reshape(*x.shape[:-1], -1)
 
-  rows = math.prod(x.shape[:-1])
-  if not 1 < rows <= _FEW_ROWS:
+  if not are_few(math.prod(x.shape[:-1])):
     return plain(x, table)
   return jax.lax.platform_dependent(x, table, cpu=table_first, default=plain)
 

@@ -184,18 +184,23 @@ def unstack(params: dict) -> dict:
   return params | {"decoder": params["decoder"] | {"layers": apart}}
 
 
-def unstacked(params: dict) -> dict:
+def unstacked(config: VLMConfig, params: dict, *, rows: int) -> dict:
   """A copy of the decoder for `decode_step`, layers apart; to be jitted.
 
-  Kernels are turned to what decoding reads fastest, see `layers.turn`.
-
+  In the dtype that matmuls run in: each token would cast them all otherwise.
   Where memory is short and the stack is not needed again, see `unstack`.
+
+  Args:
+    config: the model.
+    params: the model's parameters.
+    rows: completions that are decoded side by side. For a few on a CPU the
+      kernels are turned, see `layers.turn`.
   """
-  ours = params["decoder"]
+  ours = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params["decoder"])
   count = len(jax.tree.leaves(ours["layers"])[0])
-  apart = [
-    layers.turn(layers.take_layer(ours["layers"], i)) for i in range(count)
-  ]
+  apart = [layers.take_layer(ours["layers"], i) for i in range(count)]
+  if layers.are_few(rows) and jax.default_backend() == "cpu":
+    apart = [layers.turn(layer) for layer in apart]
   return {"decoder": ours | {"layers": apart}}
 
 

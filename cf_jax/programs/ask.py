@@ -120,7 +120,6 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       " change config.select"
     )
   for name, value in (
-    ("sampling.max_tokens", config.sampling.max_tokens),
     ("stream_tokens", config.stream_tokens),
     ("prompt.pad_multiple", config.prompt.pad_multiple),
     ("scan.num_frames", config.scan.num_frames),
@@ -132,11 +131,9 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f"dtype must be None or one of {model_config.DTYPES}, got"
       f" {config.dtype!r}; change config.dtype"
     )
-  how, kernels = config.sampling, typing.get_args(video.Resize)
+  sampling.check_settings(**config.sampling)
+  kernels = typing.get_args(video.Resize)
   for name, fits, what in (
-    ("sampling.temperature", 0 <= how.temperature < math.inf, "0 or more"),
-    ("sampling.top_p", 0 < how.top_p <= 1, "above 0 and at most 1"),
-    ("sampling.top_k", how.top_k >= 0, "0 (off) or more"),
     ("scan.size_px", min(config.scan.size_px) > 0, "(height, width)"),
     ("resize", config.resize in (None, *kernels), f"None or one of {kernels}"),
   ):

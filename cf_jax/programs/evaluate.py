@@ -97,7 +97,7 @@ class Evaluator:
   def _answer_all(self, params, bar):
     found = {arm: ([], []) for arm in self._arms}
     seed = self._experiment.put(np.zeros((self._batch_size, 2), np.uint32))
-    apart = self._sample.unstack(params)
+    apart = self._sample.unstack(params, rows=self._batch_size)
     for prepared, real in self._prepared:
       pixel = self._experiment.make_views.patches(
         experiment_lib.shown_frames(prepared)

@@ -34,7 +34,7 @@ from cf_jax.data import (
   video,
 )
 from cf_jax.models import config as model_config
-from cf_jax.models import vlm
+from cf_jax.models import kernels, layers, vlm
 from cf_jax.programs import policies
 from cf_jax.runtime import optim, sharding, telemetry
 from cf_jax.types import TrainState, View
@@ -171,6 +171,8 @@ def build(
   model = policies.make_model(config, tokenizer)
   check_prompt(config, model)
   check_batches(config, mesh)
+  check_attention(model)
+  sampling.check_settings(**config.sampling)
   samples = load_samples(
     source=config.data.source,
     cache_dir=config.data.cache_dir,
@@ -250,6 +252,21 @@ def check_batches(
         micro_batches=config[stage].micro_batches,
         setting=f"config.{stage}.{rows}",
       )
+
+
+def check_attention(model: model_config.VLMConfig) -> None:
+  """Raises a ValueError where its kernel cannot serve on these devices."""
+  attend = functools.partial(
+    layers.attend, mask=None, implementation=model.attention
+  )
+  for heads, width in (
+    (model.num_attention_heads, model.head_dim),
+    (model.vision.num_heads, model.vision.head_dim),
+  ):
+    x = jax.ShapeDtypeStruct(
+      (1, kernels.SPLASH_BLOCK, heads, width), model.dtype
+    )
+    jax.jit(attend).lower(x, x, x)
 
 
 def longest_prompt(experiment: Experiment) -> int:
@@ -460,9 +477,9 @@ class SampleSteps(NamedTuple):
   """Sampling in jitted steps, so that the time of each can be told.
 
   Attributes:
-    unstack: params -> params for `decode`. Its layers lie apart, a copy: a loop
-      over tokens that takes them out of the stack copies all of them for every
-      token. Once for each policy, not for each batch.
+    unstack: params, rows=B * G -> params for `decode`. Its layers lie apart, a
+      copy: a loop over tokens that takes them out of the stack copies all of
+      them for every token. Once for each policy, not for each batch.
     prefill: params, View, encoded frames, seeds -> Decoding with one token.
     decode: params of `unstack`, Decoding (donated) -> Decoding at its end.
   """
@@ -512,7 +529,9 @@ def make_sample_steps(
     )
 
   return SampleSteps(
-    unstack=jax.jit(vlm.unstacked),
+    unstack=jax.jit(
+      functools.partial(vlm.unstacked, model), static_argnames="rows"
+    ),
     prefill=lambda *args: prefill_step(*args, settings),
     decode=lambda *args: decode_step(*args, settings),
   )

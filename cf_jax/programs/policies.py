@@ -319,6 +319,7 @@ def _run_config(
   """What a run was started with."""
   config = ml_collections.ConfigDict(telemetry.read_manifest(workdir)["config"])
   config.init_from = init_from or config.init_from
+  config.model.attention = "auto"  # the run's kernel was its machine's
   if config.init_from and not pathlib.Path(config.init_from).is_dir():
     raise ValueError(
       f"the run in {workdir} starts from {config.init_from}, which is not"

@@ -341,7 +341,8 @@ def reinforce(
         )
 
       with timer("decode"):
-        decoding = sample.decode(sample.unstack(params), decoding)
+        rows = decoding.done.size
+        decoding = sample.decode(sample.unstack(params, rows=rows), decoding)
         rollout = jax.block_until_ready(decoding.rollout)
         del decoding  # its caches are large
 

@@ -201,7 +201,10 @@ def test_decode_with_layers_apart_equals_packed(config, params, case):
 
   @jax.jit
   def decoded(params):
-    return decoded_logits(config, params | vlm.unstacked(params), case)
+    apart = params | vlm.unstacked(
+      config, params, rows=case.completion[..., 0].size
+    )
+    return decoded_logits(config, apart, case)
 
   for tree in (params, joined):
     expected = real(case, PACKED(config, tree, case))

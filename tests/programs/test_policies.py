@@ -168,6 +168,10 @@ def test_a_target_is_checked_before_anything_is_loaded(run, tmp_path):
     ("lora.modules", ("q_proj",), r"\['q_proj'\] match no linear layer"),
     ("rl.optim.frozen", ("vison",), r"\['vison'\] match no parameter path"),
     ("prompt.max_tokens", 8, "raise config.prompt.max_tokens"),
+    ("model.attention", "cudnn", "change config.model.attention to 'xla'"),
+    ("model.attention", "splash", "runs on tpu, got a program for cpu"),
+    ("sampling.top_p", 0.0, "top_p must be above 0 and at most 1, got 0.0"),
+    ("sampling.num_completions", 0, "num_completions must be at least 1"),
   ],
 )
 def test_a_refused_config_does_not_claim_the_workdir(
@@ -186,12 +190,14 @@ def test_a_base_that_moved(run, base, mesh, tmp_path):
   manifest = json.loads((moved / "manifest.json").read_text())
   assert manifest["config"]["init_from"] == str(base.absolute())
   manifest["config"]["init_from"] = str(tmp_path / "gone")
+  manifest["config"]["model"]["attention"] = "cudnn"  # of another machine
   (moved / "manifest.json").write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match="not there; .* --config.init_from"):
     policies.load_policy(str(moved), mesh)
   shutil.copytree(base, elsewhere)
   policy = policies.load_policy(str(moved), mesh, init_from=str(elsewhere))
   _assert_equal(policy.params, policies.load_policy(str(run), mesh).params)
+  assert policy.model.attention == "auto"
 
 
 def test_settings_of_the_base_survive(run, base, tmp_path):
