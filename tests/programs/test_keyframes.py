@@ -19,7 +19,7 @@ from cf_jax.data import patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, vlm
 from cf_jax.programs import keyframes, policies
-from tests.conftest import ROOT, load_config
+from tests.conftest import ROOT, SMALLEST, load_config
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "videos"
 needs_data = pytest.mark.skipif(
@@ -330,20 +330,8 @@ def checkpoint(tmp_path_factory):
   """A small random Qwen2.5-VL directory, and its parameters."""
   tokenizer = prompts.load_tokenizer("tiny")
   model = model_config.make(
-    size="tiny",
     vocab_size=tokenizer.vocab_size,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    mrope_section=(1, 2, 1),
-    vision=dict(
-      depth=1,
-      hidden_size=16,
-      intermediate_size=24,
-      num_heads=2,
-      out_hidden_size=32,
-      fullatt_block_indexes=(0,),
-    ),
+    **SMALLEST,
     **tokenizer.config_ids,
   )
   params = jax.jit(lambda: vlm.init(model, jax.random.key(3)))()
