@@ -253,7 +253,7 @@ def test_answers_of_a_view_are_greedy_and_stop(experiment):
     experiment, num_completions=1, max_tokens=5, temperature=0.0
   )
   view = experiment.put(prepared.view["keyframes"])
-  apart = sample.unstack(params)
+  apart = sample.unstack(params, rows=4)
 
   def answer():
     begun = sample.prefill(params, view, encoded, np.zeros((4, 2), np.uint32))
