@@ -36,7 +36,6 @@ from absl import app, flags
 
 from benchmarks import peers
 from cf_jax import sampling
-from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 
 _OUT = flags.DEFINE_string("out", "", "also write the results as JSON here")
@@ -209,16 +208,6 @@ class Theirs:
     }
 
 
-def read_bytes(config: model_config.VLMConfig, params: dict) -> int:
-  """Bytes of parameters that one step of the decode loop reads."""
-  read = {
-    name: leaf
-    for name, leaf in params["decoder"].items()
-    if name != "embed" or config.tie_word_embeddings
-  }
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-
-
 def measure(config, params, model, prompts, group) -> dict:
   """Checks that ids are equal, then times all forms of one setting."""
   ours = Ours(config, params, prompts, group, _TOKENS.value)
@@ -286,7 +275,7 @@ def main(argv: list[str]) -> None:
     "text": _TEXT.value,
     "visual": _SIDE.value**2,
     "tokens": _TOKENS.value,
-    "read_bytes_per_token": read_bytes(config, params),
+    "read_bytes_per_token": peers.read_bytes(config, params),
   }
   model = peers.to_torch(config, params)
   rng = np.random.default_rng(0)

@@ -306,13 +306,7 @@ def measure_sampling(config, params, sizes: Sizes) -> dict[str, dict]:
     _REPEATS.value,
   )
   begun = jax.device_get(start(params, prompt, visual))
-  read = {
-    name: leaf
-    for name, leaf in params["decoder"].items()
-    if name != "embed" or config.tie_word_embeddings
-  }
-  weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-  del read
+  weight_bytes = peers.read_bytes(config, params)
   apart = vlm.unstack(params)
   taken = []
   for _ in range(1 + _REPEATS.value):  # the first compiles
@@ -321,12 +315,8 @@ def measure_sampling(config, params, sizes: Sizes) -> dict[str, dict]:
     jax.block_until_ready(advance(apart, state))
     taken.append(time.perf_counter() - begin)
   token_s = statistics.median(taken[1:]) / (sizes.tokens - 1)
-  slot_bytes = (
-    2 * config.num_hidden_layers * config.num_key_value_heads
-    * config.head_dim * jnp.dtype(config.dtype).itemsize
-  )  # fmt: skip
   held = sizes.slots + sizes.group * sizes.tokens / 2  # halfway
-  cache_bytes = sizes.prompts * held * slot_bytes
+  cache_bytes = sizes.prompts * held * vlm.cache_bytes(config, 1)
   forward = flops.prompts(config, np.full(sizes.prompts, sizes.slots))
   return {
     "prefill": {

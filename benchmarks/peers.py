@@ -169,6 +169,16 @@ def to_torch(config: model_config.VLMConfig, params: dict) -> Any:
 # ---------------------------------------------------------------------- clocks
 
 
+def read_bytes(config: model_config.VLMConfig, params: dict) -> int:
+  """Bytes of parameters that one step of the decode loop reads."""
+  read = {
+    name: leaf
+    for name, leaf in params["decoder"].items()
+    if name != "embed" or config.tie_word_embeddings
+  }
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+
+
 def use_cores(count: int) -> None:
   """Binds this process, and so both sides, to `count` cores.
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from cf_jax.data import grounding_answers, prompts
+from cf_jax.data import grounding_answers, prompts, text_scores
 
 THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
@@ -385,9 +385,6 @@ def _number_score(answer: str, sample) -> float:
 
 
 def _text_score(answer: str, sample) -> float:
-  # Loaded where texts are compared: other runs need neither package.
-  from cf_jax.data import text_scores
-
   if sample.kind == "ocr":
     return text_scores.word_accuracy(answer, sample.answer)
   # ROUGE-2 of a single word is 0, and so is ROUGE of other scripts.

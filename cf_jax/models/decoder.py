@@ -299,7 +299,6 @@ def decode(
         write("key", key),
         write("value", value),
         own_mask,
-        implementation=config.attention,
       )
       return mixed[:, :, 0]
 

@@ -31,14 +31,6 @@ _PLATFORM = {"cudnn": "cuda", "splash": "tpu"}
 _SETTING = "change config.model.attention"
 
 
-def check_name(name: str) -> None:
-  """Raises a ValueError for a name that is none of `config.ATTENTION`."""
-  if name not in config.ATTENTION:
-    raise ValueError(
-      f"attention must be one of {config.ATTENTION}, got {name!r}; {_SETTING}"
-    )
-
-
 def check_mask(name: str, shape: tuple[int, ...]) -> None:
   """Raises a ValueError for a mask that differs between queries."""
   if shape[1] != 1:
@@ -62,7 +54,10 @@ def choose(name: str, dtype: jnp.dtype, head_dim: int) -> str:
   Raises:
     ValueError: an unknown name, or a kernel that cannot serve.
   """
-  check_name(name)
+  if name not in config.ATTENTION:
+    raise ValueError(
+      f"attention must be one of {config.ATTENTION}, got {name!r}; {_SETTING}"
+    )
   if name == "auto":
     return _automatic(str(dtype), head_dim)
   problem = _problem(name, str(dtype), head_dim)

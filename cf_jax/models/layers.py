@@ -126,8 +126,7 @@ def turn(layer: dict) -> dict:
   turned = {}
   for path, leaf in traverse_util.flatten_dict(layer).items():
     if path[-1] == "kernel":
-      inputs = 2 if path[-2] == "out" else 1  # heads and their width
-      width = math.prod(leaf.shape[:inputs])
+      width = math.prod(leaf.shape[: lora.num_inputs(path[-2])])
       path, leaf = (*path[:-1], TURNED), leaf.reshape(width, -1).T
     turned[path] = leaf
   return traverse_util.unflatten_dict(turned)
@@ -419,7 +418,6 @@ def attend_shared(
   value: jax.Array,
   mask: jax.Array,
   *,
-  implementation: str,
   causal: bool = False,
 ) -> jax.Array:
   """Attention of G completions to their common prompt and to themselves.
@@ -439,13 +437,11 @@ def attend_shared(
     key: float[B, G, C, M, H] of each completion.
     value: float[B, G, C, M, H].
     mask: bool[B, G, Q, C] (1 broadcasts).
-    implementation: see `VLMConfig.attention`; only its name is checked.
     causal: no query sees a later slot of its completion; Q must equal C.
 
   Returns:
     float[B, G, Q, N, H] in value's dtype.
   """
-  kernels.check_name(implementation)
   rows, group, num_queries, num_heads, width = query.shape
 
   def merge(x):  # [B, G, ...] -> [B * G, ...]
@@ -544,7 +540,6 @@ def attend_packed(
       own_key,
       own_value,
       completion_mask[:, :, None],
-      implementation=kernel,
       causal=True,
     )
   own = own.reshape(rows, group * length, *query.shape[2:])

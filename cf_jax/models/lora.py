@@ -13,7 +13,6 @@ Axes: `L` layers of a stack.
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -26,14 +25,20 @@ LEAVES = ("lora_a", "lora_b", "lora_scale")
 # What an optimizer freezes so that adapters are all that is trained.
 ALL_BUT_ADAPTERS = r"^(?!.*/lora_[ab]$)"
 
-# Attention's output projection contracts heads and their width.
-_TWO_INPUT_AXES = re.compile(r"/layers/out$")
+
+def num_inputs(name: str) -> int:
+  """How many axes of a kernel of a decoder layer are inputs.
+
+  Attention's output projection, `out`, contracts heads and their width.
+  """
+  return 2 if name == "out" else 1
 
 
-def _axes(module: str, kernel: jax.Array) -> tuple[int, int]:
+def _axes(module: str) -> tuple[int, int]:
   """How many leading axes of a kernel are layers, and how many are inputs."""
-  stacked = int("/layers/" in module)
-  return stacked, 2 if _TWO_INPUT_AXES.search(module) else 1
+  *above, name = module.split("/")
+  in_layer = above[-1:] == ["layers"]
+  return int("/layers/" in module), num_inputs(name) if in_layer else 1
 
 
 def _modules(params: dict) -> Iterator[tuple[str, tuple[str, ...], jax.Array]]:
@@ -93,7 +98,7 @@ def init(
   for number, (path, parts, kernel) in enumerate(sorted(found)):
     if not any(regex.search(path) for regex in wanted):
       continue
-    stacked, inputs = _axes(path, kernel)
+    stacked, inputs = _axes(path)
     depth, shape = kernel.shape[:stacked], kernel.shape[stacked:]
     bound = 1 / math.sqrt(math.prod(shape[:inputs]))
     flat[*parts, "lora_a"] = jax.random.uniform(
@@ -129,7 +134,7 @@ def merge(params: dict, dtype: str | None = None) -> dict:
   merged = {k: v for k, v in flat.items() if k[-1] not in LEAVES}
   for path, parts, kernel in _modules(params):
     if (*parts, "lora_a") in flat:
-      stacked, _ = _axes(path, kernel)
+      stacked, _ = _axes(path)
       merged[*parts, "kernel"] = _merge_one(
         kernel,
         *(flat[*parts, name] for name in LEAVES),

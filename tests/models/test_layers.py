@@ -147,7 +147,6 @@ def test_shared_prefix_equals_one_long_row(transform, empty_prompt):
       own[0],
       own[1],
       own_mask,
-      implementation="xla",
     )
 
   def copied(query, prefix, own):
