@@ -53,6 +53,40 @@ def init_params(model: model_config.VLMConfig) -> dict:
   return jax.jit(lambda: vlm.init(model, jax.random.key(0)))()
 
 
+def make_small_model() -> model_config.VLMConfig:
+  """Two narrow layers in each tower."""
+  return model_config.make(
+    size="tiny",
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    mrope_section=(1, 2, 1),
+    vision=dict(
+      depth=2,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      patch_size=2,
+      window_size=8,
+    ),
+  )
+
+
+def fill_params(
+  config: model_config.VLMConfig, rng: np.random.Generator
+) -> dict:
+  """Noise in every parameter, so that no bias or norm is left out of a test."""
+
+  def fill(path, leaf):
+    noise = 0.17 * rng.normal(size=leaf.shape)
+    return (noise + (path[-1].key == "scale")).astype(np.float32)
+
+  shapes = jax.eval_shape(lambda key: vlm.init(config, key), jax.random.key(0))
+  return jax.device_put(jax.tree_util.tree_map_with_path(fill, shapes))
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
   """Where generated sets lie, shared by the workers of a session."""
@@ -178,31 +212,8 @@ class Scene(NamedTuple):
 
 @pytest.fixture(scope="session")
 def scene():
-  config = model_config.make(
-    size="tiny",
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    mrope_section=(1, 2, 1),
-    vision=dict(
-      depth=2,
-      hidden_size=16,
-      intermediate_size=24,
-      num_heads=2,
-      out_hidden_size=32,
-      patch_size=2,
-      window_size=8,
-    ),
-  )
-  rng = np.random.default_rng(0)
-
-  def fill(path, leaf):
-    noise = 0.17 * rng.normal(size=leaf.shape)
-    return (noise + (path[-1].key == "scale")).astype(np.float32)
-
-  shapes = jax.eval_shape(lambda key: vlm.init(config, key), jax.random.key(0))
-  params = jax.device_put(jax.tree_util.tree_map_with_path(fill, shapes))
+  config, rng = make_small_model(), np.random.default_rng(0)
+  params = fill_params(config, rng)
   mask = np.arange(S) < np.array(LENGTH)[:, None]
   visual = np.full((B, S), -1)
   visual[:, 1:9] = np.arange(K * P)  # text, two frames, text
