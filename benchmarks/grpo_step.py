@@ -1,6 +1,6 @@
 """One GRPO update, ours and others', on the same weights and completions.
 
-  python -m benchmarks.grpo_step [--size=100m] [--out=FILE.json]
+  python -m benchmarks.grpo_step [--size=100m] [--forms=cf_jax] [--out=FILE]
 
 needs the `parity` extra; TRL's row needs `trl` too and is left out where it
 cannot be imported. A random policy in float32 on two cores, a prompt of text
@@ -52,8 +52,16 @@ _PROMPT = flags.DEFINE_integer("prompt", 1_024, "tokens of the prompt")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "tokens of a completion")
 _PARTS = flags.DEFINE_integer("parts", 8, "of our repeated form")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "of the timed forms")
+_UNROLL = flags.DEFINE_integer(
+  "scan_unroll", 1, "our layers per iteration of the loop over layers"
+)
 _CORES = flags.DEFINE_integer("cores", 2, "of both sides")
-_TRL = flags.DEFINE_bool("trl", True, "also TRL's trainer, where it is there")
+_FORMS = flags.DEFINE_multi_enum(
+  "forms",
+  ("cf_jax", "repeated", "trl"),
+  ("cf_jax", "repeated", "trl"),
+  "what is measured beside PyTorch's; once for each",
+)
 
 LOSS = dict(
   clip_low=0.2,
@@ -405,20 +413,15 @@ def make_cases(config) -> tuple[dict[str, Any], dict[str, str]]:
     [np.repeat(prompts.token, group, 0), draw_completions()], axis=1
   )
   settings = (old_logprob, advantage)
-  cases = {
-    OURS: Ours(
-      config, params, reference, make_batch(prompts, group, *settings), 1
-    ),
-    REPEATED: Ours(
-      config,
-      params,
-      reference,
-      make_batch(prompts.repeat(group), 1, *settings),
-      _PARTS.value,
-    ),
-  }
+  cases = {}
+  if "cf_jax" in _FORMS.value:
+    batch = make_batch(prompts, group, *settings)
+    cases[OURS] = Ours(config, params, reference, batch, 1)
+  if "repeated" in _FORMS.value:
+    batch = make_batch(prompts.repeat(group), 1, *settings)
+    cases[REPEATED] = Ours(config, params, reference, batch, _PARTS.value)
   missing = {"Tunix": "its learner was not tried: see docs/performance.md"}
-  if _TRL.value:
+  if "trl" in _FORMS.value:
     try:
       cases["TRL"] = TRL(config, *models, token, *settings)
     except ImportError as error:
@@ -471,13 +474,14 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   peers.use_cores(_CORES.value)
   torch.set_num_threads(_CORES.value)
-  config = peers.make_config(_SIZE.value)
+  config = peers.make_config(_SIZE.value, scan_unroll=_UNROLL.value)
   result = {
     "machine": peers.machine(),
     "size": _SIZE.value,
     "group": _GROUP.value,
     "prompt": _PROMPT.value,
     "tokens": _TOKENS.value,
+    "scan_unroll": _UNROLL.value,
   }
   cases, result["missing"] = make_cases(config)
   result["temporary_bytes"] = {

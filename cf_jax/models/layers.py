@@ -6,6 +6,7 @@ key/value heads, `R = N // M`, `H` head width, `D` model width, `F` mlp width,
 `L` layers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,31 @@ _CHUNK = 128
 _MANY = 2**20
 
 
+def _made_first(x):
+  """`x`; on CPUs it is made, in the order of its axes, before it is read.
+
+  The CPU's compiler may make it anew for a matmul over leading axes: transposed
+  and element by element, which costs several times the matmul.
+  """
+  return jax.lax.platform_dependent(
+    x, cpu=jax.lax.optimization_barrier, default=lambda x: x
+  )
+
+
+def _along_last(x, weight):
+  """Sum of `x * weight` over the last axis, [..., D] and [D] -> [...].
+
+  On CPUs a matmul: a product is summed there without vectors.
+  """
+
+  def matmul(x, weight):
+    return jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
+
+  return jax.lax.platform_dependent(
+    x, weight, cpu=matmul, default=lambda x, weight: jnp.sum(x * weight, -1)
+  )
+
+
 class RMSNorm(nn.Module):
   """`x / sqrt(mean(x^2) + eps) * scale`, the mean in float32.
 
@@ -48,11 +74,37 @@ class RMSNorm(nn.Module):
     scale = self.param(
       "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
     )
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(
-      jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps
-    )
-    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    return _normalize(x, scale, self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalize(x, scale, eps):
+  return _normalize_forward(x, scale, eps)[0]
+
+
+def _normalize_forward(x, scale, eps):
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(
+    jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps
+  )
+  y = (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+  return y, (x, scale, inverse)
+
+
+def _normalize_backward(eps, saved, grad):
+  del eps
+  x, scale, inverse = saved
+  wide_scale = scale.astype(jnp.float32)
+  grad = grad.astype(jnp.float32)
+  unit = x.astype(jnp.float32) * inverse
+  product = _made_first(grad * unit)
+  grad_scale = jnp.sum(product, axis=tuple(range(x.ndim - 1)))
+  along = _along_last(product, wide_scale)[..., None] / x.shape[-1]
+  grad_x = inverse * (grad * wide_scale - unit * along)
+  return grad_x.astype(x.dtype), grad_scale.astype(scale.dtype)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class SwiGLU(nn.Module):
@@ -78,7 +130,89 @@ class SwiGLU(nn.Module):
 
     gate = dense(self.width, "gate")(x)
     up = dense(self.width, "up")(x)
-    return dense(x.shape[-1], "down")(nn.silu(gate) * up)
+    return dense(x.shape[-1], "down")(_gated(gate, up))
+
+
+@jax.custom_vjp
+def _gated(gate, up):
+  """`silu(gate) * up`; the backward pass keeps the two and nothing between."""
+  return nn.silu(gate) * up
+
+
+def _gated_forward(gate, up):
+  return _gated(gate, up), (gate, up)
+
+
+def _gated_backward(saved, grad):
+  gate, up = saved
+  open_ = nn.sigmoid(gate)
+  slope = open_ * (1 + gate * (1 - open_))  # d silu(gate) / d gate
+  return grad * up * slope, grad * gate * open_
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _times_kernel(x, kernel, inputs):
+  """[..., I...] times [I..., O...] -> [..., O...], I of `inputs` axes.
+
+  The numbers and gradients of `jnp.tensordot`, whose rule makes a kernel's
+  gradient transposed, [O, I], and on CPUs the output's gradient for it.
+  """
+  return _product(x, kernel, inputs)
+
+
+def _product(x, kernel, inputs):
+  last = tuple(range(x.ndim - inputs, x.ndim))
+  return jax.lax.dot_general(
+    x, kernel, ((last, tuple(range(inputs))), ((), ()))
+  )
+
+
+def _times_kernel_forward(x, kernel, inputs):
+  # What is not asked for needs nothing kept: adapters beside a frozen kernel.
+  saved = (
+    x.value if kernel.perturbed else None,
+    kernel.value if x.perturbed else None,
+  )
+  # Not `_times_kernel`: a policy of `jax.checkpoint` looks for matmuls.
+  return _product(x.value, kernel.value, inputs), saved
+
+
+def _times_kernel_backward(inputs, saved, grad):
+  x, kernel = saved
+  grad = _made_first(grad)
+  grad_x = grad_kernel = None
+  if kernel is not None:
+    outputs = kernel.ndim - inputs
+    grad_x = jax.lax.dot_general(
+      grad,
+      kernel,
+      (
+        (
+          tuple(range(grad.ndim - outputs, grad.ndim)),
+          tuple(range(inputs, kernel.ndim)),
+        ),
+        ((), ()),
+      ),
+    )
+  if x is not None:
+    rows = tuple(range(x.ndim - inputs))
+    grad_kernel = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
+  return grad_x, grad_kernel
+
+
+_times_kernel.defvjp(
+  _times_kernel_forward, _times_kernel_backward, symbolic_zeros=True
+)
+
+
+def _dot_general(x, kernel, dimension_numbers, precision=None):
+  """What `nn.DenseGeneral` calls: last axes of x with the first of a kernel."""
+  (_, contracted), _ = dimension_numbers
+  del precision  # `linear` has no such setting
+  return _times_kernel(x, kernel, len(contracted))
 
 
 class _Linear(nn.DenseGeneral):
@@ -179,6 +313,7 @@ def linear(
     dtype=dtype,
     param_dtype=param_dtype,
     kernel_init=nn.initializers.normal(std),
+    dot_general=_dot_general,
     name=name,
   )
 
@@ -251,15 +386,9 @@ def take_layer(stacked: Any, layer: int) -> Any:
   return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
-def _weigh(query, key, value, mask, first):
-  """Unnormalised attention: sum of e^(s-top) v, sum of e^(s-top), and top.
-
-  [B,M,R,Q,H], [B,M,S,H], [B,M,S,H], bool[B,Q,S] or [B,1,S] or None, and the
-  place among the keys of the first query, where no query sees a later key ->
-  float32 [B,M,R,Q,H], [B,M,R,Q,1], [B,M,R,Q,1].
-  """
-  # Scores and softmax in float32: a bfloat16 score of 20 is off by 0.06, and
-  # its exponential by 6 %.
+def _scores(query, key, mask, first):
+  """float32[B,M,R,Q,S], `_LOWEST` where a query may not see a key."""
+  # In float32: a bfloat16 score of 20 is off by 0.06, its exponential by 6 %.
   score = jnp.einsum(
     "BMRQH,BMSH->BMRQS", query, key, preferred_element_type=jnp.float32
   ) * (query.shape[-1] ** -0.5)
@@ -268,12 +397,25 @@ def _weigh(query, key, value, mask, first):
     place = first + jnp.arange(query.shape[3])
     earlier = place[:, None] >= jnp.arange(key.shape[2])
     allowed = earlier if allowed is None else allowed & earlier
-  if allowed is not None:
-    score = jnp.where(allowed, score, _LOWEST)
+  return score if allowed is None else jnp.where(allowed, score, _LOWEST)
+
+
+@jax.custom_vjp
+def _weigh(query, key, value, mask, first):
+  """Unnormalised attention: sum of e^(s-top) v, sum of e^(s-top), and top.
+
+  [B,M,R,Q,H], [B,M,S,H], [B,M,S,H], bool[B,Q,S] or [B,1,S] or None, and the
+  place among the keys of the first query, where no query sees a later key ->
+  float32 [B,M,R,Q,H], [B,M,R,Q,1], [B,M,R,Q,1].
+
+  `top` is a constant: the three stand for one result, which it does not change.
+  The backward pass makes the scores again, and holds those of one call.
+  """
+  score = _scores(query, key, mask, first)
   top = jnp.max(score, axis=-1, keepdims=True)
   # Not below half of the lowest: a query without keys then weighs each with
   # e^(_LOWEST / 2) = 0.
-  top = jax.lax.stop_gradient(jnp.maximum(top, _LOWEST / 2))
+  top = jnp.maximum(top, _LOWEST / 2)
   weight = jnp.exp(score - top)
   total = jnp.sum(weight, axis=-1, keepdims=True)
   mixed = jnp.einsum(
@@ -283,6 +425,45 @@ def _weigh(query, key, value, mask, first):
     preferred_element_type=jnp.float32,
   )
   return mixed, total, top
+
+
+def _weigh_forward(query, key, value, mask, first):
+  result = _weigh(query, key, value, mask, first)
+  return result, (query, key, value, mask, first, result[2])
+
+
+def _weigh_backward(saved, grad):
+  query, key, value, mask, first, top = saved
+  grad_mixed, grad_total, _ = grad
+  # What is multiplied is rounded as the arguments are; sums are in float32.
+  grad_mixed = grad_mixed.astype(value.dtype)
+  wide = dict(preferred_element_type=jnp.float32)
+  with jax.named_scope("again"):
+    weight = jnp.exp(_scores(query, key, mask, first) - top)
+  grad_weight = jnp.einsum("BMRQH,BMSH->BMRQS", grad_mixed, value, **wide)
+  grad_score = weight * (grad_weight + grad_total) * (query.shape[-1] ** -0.5)
+  grad_score = grad_score.astype(query.dtype)
+  grad_query = jnp.einsum("BMRQS,BMSH->BMRQH", grad_score, key, **wide)
+
+  def over_queries(x, score):
+    # [.., H, S] and not [.., S, H]: only the narrow one is then transposed.
+    # R and Q as one axis: as two, einsum would swap them.
+    x, score = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, score))
+    made = jnp.einsum("BMTH,BMTS->BMHS", x, score, **wide)
+    return _made_first(made).swapaxes(2, 3)
+
+  grad_key = over_queries(query, grad_score)
+  grad_value = over_queries(grad_mixed, weight.astype(value.dtype))
+  return (
+    grad_query.astype(query.dtype),
+    grad_key.astype(key.dtype),
+    grad_value.astype(value.dtype),
+    None,
+    None,
+  )
+
+
+_weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _weigh_in_turn(query, key, value, mask, first):
@@ -304,8 +485,6 @@ def _weigh_in_turn(query, key, value, mask, first):
 
   differs = mask is not None and mask.shape[1] > 1
 
-  # The backward pass makes the scores again.
-  @jax.checkpoint
   def body(args):
     query, own_mask, offset = args
     return _weigh(
@@ -365,6 +544,28 @@ def _partial(query, key, value, mask, causal):
   )
 
 
+@jax.custom_vjp
+def _divide(mixed, total):
+  """`mixed / total`, [..., H] by [..., 1]; 0 / 0 is 0."""
+  return _divide_forward(mixed, total)[0]
+
+
+def _divide_forward(mixed, total):
+  total = jnp.where(total > 0, total, 1)
+  shared = mixed / total
+  return shared, (shared, total)
+
+
+def _divide_backward(saved, grad):
+  shared, total = saved
+  ones = jnp.ones(shared.shape[-1:], shared.dtype)
+  along = _along_last(grad * shared, ones)[..., None]
+  return grad / total, -along / total
+
+
+_divide.defvjp(_divide_forward, _divide_backward)
+
+
 def attend(
   query: jax.Array,
   key: jax.Array,
@@ -400,8 +601,7 @@ def attend(
     kernel = "xla"
   if kernel == "xla":
     mixed, total, _ = _partial(query, key, value, mask, causal)
-    mixed = mixed / jnp.where(total > 0, total, 1)
-    return mixed.reshape(query.shape).astype(value.dtype)
+    return _divide(mixed, total).reshape(query.shape).astype(value.dtype)
   if mask is not None:
     kernels.check_mask(kernel, mask.shape)
     mask = jnp.broadcast_to(mask[:, 0], (len(key), key.shape[1]))
@@ -470,8 +670,7 @@ def attend_shared(
   scale_a, scale_b = jnp.exp(top_a - top), jnp.exp(top_b - top)
   total = scale_a * total_a + scale_b * total_b
   mixed = scale_a * mixed_a + scale_b * mixed_b
-  mixed = mixed / jnp.where(total > 0, total, 1)
-  return mixed.reshape(query.shape).astype(value.dtype)
+  return _divide(mixed, total).reshape(query.shape).astype(value.dtype)
 
 
 def attend_packed(

@@ -186,3 +186,166 @@ def test_unknown_kernel():
   x = jnp.zeros((1, 1, 1, 2))
   with pytest.raises(ValueError, match=r"config\.model\.attention"):
     layers.attend(x, x, x, None, implementation="magic")
+
+
+def _weighed(function, *args):
+  """Value, and gradients of a weighted sum of what the function gives."""
+
+  def total(*args):
+    y = function(*args)
+    weight = jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)
+    return jnp.sum((weight * y).astype(jnp.float32))
+
+  every = tuple(range(len(args)))
+  return function(*args), jax.jit(jax.grad(total, argnums=every))(*args)
+
+
+def _assert_same(left, right, atol):
+  for ours, expected in zip(
+    jax.tree.leaves(left), jax.tree.leaves(right), strict=True
+  ):
+    assert ours.dtype == expected.dtype
+    scale = float(jnp.max(jnp.abs(expected.astype(jnp.float32))))
+    np.testing.assert_allclose(
+      ours.astype(jnp.float32),
+      expected.astype(jnp.float32),
+      atol=atol * max(scale, 1e-3),
+    )
+
+
+@pytest.mark.parametrize(
+  ("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 2e-2)]
+)
+@pytest.mark.parametrize("part", ["norm", "mlp", "out"])
+def test_gradients_are_those_of_jax(part, dtype, atol):
+  """Rules of our own for norm, SwiGLU and linear layers of two input axes."""
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+  settings = dict(use_bias=False, std=1.0, dtype=dtype, param_dtype=dtype)
+  if part == "norm":
+    module = layers.RMSNorm(eps=1e-2, param_dtype=dtype)
+    x, params = draw(2, 3, 6), {"scale": draw(6)}
+
+    def plain(x, params):
+      wide = x.astype(jnp.float32)
+      wide /= jnp.sqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-2)
+      return wide.astype(x.dtype) * params["scale"]
+
+  elif part == "mlp":
+    module = layers.SwiGLU(width=5, **settings)
+    x = draw(2, 3, 6)
+    params = {
+      name: {"kernel": draw(*shape)}
+      for name, shape in (("gate", (6, 5)), ("up", (6, 5)), ("down", (5, 6)))
+    }
+
+    def plain(x, params):
+      gate, up, down = (params[n]["kernel"] for n in ("gate", "up", "down"))
+      return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+  else:
+    module = layers.linear(7, axis=(-2, -1), **settings)
+    x, params = draw(2, 3, 4, 5), {"kernel": draw(4, 5, 7)}
+
+    def plain(x, params):
+      return jnp.einsum("bsnh,nho->bso", x, params["kernel"])
+
+  def ours(x, params):
+    return module.apply({"params": params}, x)
+
+  _assert_same(_weighed(ours, x, params), _weighed(plain, x, params), atol)
+
+
+def test_nothing_is_kept_for_a_frozen_kernel():
+  """Adapters train beside it: its inputs would fill the memory for nothing."""
+  x, kernel = jnp.ones((32, 16)), jnp.ones((16, 8))
+  linear = layers.linear(
+    8, use_bias=False, std=1.0, dtype="float32", param_dtype="float32"
+  )
+
+  def shapes_kept(wanted):
+    def pull(*args):
+      return jax.vjp(
+        lambda *given: linear.apply(
+          {"params": {"kernel": given[-1] if "kernel" in wanted else kernel}},
+          given[0] if "x" in wanted else x,
+        ),
+        *args,
+      )[1]
+
+    args = [{"x": x, "kernel": kernel}[name] for name in wanted]
+    kept = jax.eval_shape(pull, *args)
+    return sorted(leaf.shape for leaf in jax.tree.leaves(kept))
+
+  assert shapes_kept(["x"]) == [kernel.shape]
+  assert shapes_kept(["kernel"]) == [x.shape]
+  assert shapes_kept(["x", "kernel"]) == sorted([x.shape, kernel.shape])
+
+
+@pytest.mark.parametrize(
+  ("remat", "dots"),
+  # Forward 3, backward 6; in full, gate and up once more.
+  [("none", 9), ("dots", 9), ("full", 11)],
+)
+def test_matmuls_of_a_gradient(remat, dots):
+  """The policy "dots" finds the matmuls inside rules of our own."""
+  module = layers.SwiGLU(
+    width=3, use_bias=False, std=1.0, dtype="float32", param_dtype="float32"
+  )
+  x = jnp.ones((1, 2, 4))
+  stacked = layers.init_stack(module, jax.random.key(0), 2, x)
+
+  def loss(stacked):
+    def body(x, layer):
+      return x + module.apply({"params": layer}, x), None
+
+    return jnp.sum(
+      layers.scan_stack(body, x, stacked, remat=remat, unroll=1)[0]
+    )
+
+  assert (
+    str(jax.make_jaxpr(jax.grad(loss))(stacked)).count("dot_general[") == dots
+  )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+  ("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 3e-2)]
+)
+def test_gradient_of_attention(monkeypatch, causal, dtype, atol):
+  """By strips, and chunk by chunk, against the softmax of jax."""
+  monkeypatch.setattr(layers, "_CHUNK", 4)
+  rng = np.random.default_rng(0)
+  query, key, value = (
+    jnp.asarray(rng.normal(size=(2, 11, heads, 6)), dtype)
+    for heads in (4, 2, 2)
+  )
+  mask = jnp.ones((2, 1, 11), bool).at[1, :, 7:].set(False)
+
+  def plain(query, key, value):
+    key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
+    wide = dict(preferred_element_type=jnp.float32)
+    score = jnp.einsum("bqnh,bsnh->bnqs", query, key, **wide) * 6**-0.5
+    allowed = mask[:, None]
+    if causal:
+      allowed = allowed & jnp.tril(jnp.ones((11, 11), bool))
+    prob = jax.nn.softmax(jnp.where(allowed, score, -jnp.inf))
+    mixed = jnp.einsum("bnqs,bsnh->bqnh", prob.astype(value.dtype), value)
+    return mixed.astype(value.dtype)
+
+  expected = _weighed(plain, query, key, value)
+  for strips, many in ((16, 2**20), (1, 1)):
+    monkeypatch.setattr(layers, "_STRIPS", strips)
+    monkeypatch.setattr(layers, "_MANY", many)
+    ours = _weighed(
+      lambda *qkv: layers.attend(
+        *qkv, mask, implementation="xla", causal=causal
+      ),
+      query,
+      key,
+      value,
+    )
+    _assert_same(ours, expected, atol)
