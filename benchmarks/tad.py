@@ -1,6 +1,7 @@
 """The keyframe layer: how fast it scores and selects, and how that grows.
 
   python -m benchmarks.tad [--out=FILE.json] [--plot=docs/images/tad_growth.png]
+    [--videos=../shared/data/videos]
   python -m benchmarks.tad --tpu_aot=v5e:2x2 --out=FILE.json
 
 The first needs torch (the `parity` extra); compiled torch needs a C++ compiler
@@ -13,15 +14,24 @@ Selecting 16 keyframes (the soft selection, and the gradient of its embedding
 and weights) has no peer and is timed beside them. The bound is one read of the
 videos, `jnp.sum`.
 
-Then one video of 64 numbers a frame grows from 128 to 262,144 frames.
+Then one video of 64 numbers a frame grows from 128 to 262,144 frames, and an
+hour of real video at two frames a second, the clips of `--videos` again and
+again, is embedded, scored and selected; decoding is apart. Memory is that of a
+process of its own, chunk by chunk, for one hour and for ten.
 
 `--tpu_aot` compiles for a TPU that need not be there (it needs libtpu) and
-prints how many bytes the program moves, over those of the videos.
+prints how many bytes of its main memory the program moves, over those of the
+videos (`benchmarks.hlo_traffic`).
 """
 
+import concurrent.futures
 import functools
+import multiprocessing
 import os
+import pathlib
+import re
 import time
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -31,11 +41,13 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from benchmarks import peers
-from cf_jax import tad
+from benchmarks import hlo_traffic, peers
+from cf_jax import descriptor, tad
+from cf_jax.data import video
 
 _OUT = flags.DEFINE_string("out", "", "results as JSON, read if it is there")
 _PLOT = flags.DEFINE_string("plot", "", "write the growth as a PNG file")
+_VIDEOS = flags.DEFINE_string("videos", "../shared/data/videos", "real clips")
 _TINY = flags.DEFINE_bool("tiny", False, "few small points: is all in order?")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "of the timed forms")
 _CORES = flags.DEFINE_integer("cores", 2, "of all forms")
@@ -49,6 +61,8 @@ OURS = "cf_jax"
 NUM_KEYFRAMES = 16
 GROWTH = tuple(2**n for n in range(7, 19))
 GROWTH_WIDTH = 64
+CHUNK = 1_024
+HOUR = 7_200  # frames
 
 
 # ---------------------------------------------------------- the same, elsewhere
@@ -262,7 +276,7 @@ def grow(size: int) -> dict[str, float]:
     return jnp.sum(chosen.embedding**2) + jnp.sum(chosen.weight**2)
 
   def chunked():
-    chunks = (frame[n : n + 1024] for n in range(0, size, 1024))
+    chunks = (frame[n : n + CHUNK] for n in range(0, size, CHUNK))
     return tad.score_chunks(chunks)
 
   point = {}
@@ -280,6 +294,94 @@ def grow(size: int) -> dict[str, float]:
   chunked()
   point["scores in chunks of 1,024"] = peers.seconds(chunked)
   return point
+
+
+def slopes(points: dict[str, dict]) -> dict[str, float]:
+  """Exponents of T: of the seconds of each phase from 4,096 frames on."""
+  sizes = [int(size) for size in points if int(size) >= 4_096]
+  if len(sizes) < 2:
+    return {}
+  return {
+    phase: float(
+      np.polyfit(
+        np.log(sizes), np.log([points[str(n)][phase] for n in sizes]), 1
+      )[0]
+    )
+    for phase in points[str(sizes[0])]
+    if "bytes" not in phase
+  }
+
+
+def real_frames(folder: str) -> tuple[np.ndarray, float]:
+  """uint8[n, 64, 64, 3] of all clips at two frames a second; and seconds."""
+  begin, frames = time.perf_counter(), []
+  for path in sorted(pathlib.Path(folder).iterdir()):
+    if path.suffix not in (".mp4", ".avi"):
+      continue
+    try:
+      number = round(2 * video.probe(path).duration_s)
+      scan = video.scan_frames(path, max(1, number), (64, 64))
+    except video.VideoError:  # one of the clips is there to be refused
+      continue
+    frames.append(scan.frames[scan.mask])
+  return np.concatenate(frames), time.perf_counter() - begin
+
+
+def measure_hour(folder: str) -> dict[str, float]:
+  """Seconds and peak memory of an hour; in a process of its own."""
+  size = HOUR
+  clips, decoding = real_frames(folder)
+  describe = jax.jit(descriptor.pixel_descriptor)
+
+  def chunks(size: int) -> Iterator[jax.Array]:
+    """Embeddings of the clips, again and again, a chunk at a time."""
+    for start in range(0, size, CHUNK):
+      place = np.arange(start, min(start + CHUNK, size)) % len(clips)
+      yield describe(clips[place])
+
+  def peak() -> int:
+    """Of this process since it began; ru_maxrss knows its parent's, too."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+
+  def chunked(size: int) -> jax.Array:
+    return tad.score_chunks(chunks(size))
+
+  found = {"clips' frames": len(clips), "their decoding": decoding}
+  first = 3 * CHUNK + size % CHUNK  # every shape of chunk that will come
+  chunked(first).block_until_ready()
+  found["peak bytes of three chunks"] = peak()
+  found["embedding and scores in chunks"] = peers.seconds(lambda: chunked(size))
+  found["peak bytes of an hour in chunks"] = peak()
+  score = chunked(10 * size)
+  found["peak bytes of ten hours in chunks"] = peak()
+
+  embedding = jnp.concatenate(list(chunks(size)))
+  held = [embedding[n : n + CHUNK] for n in range(0, size, CHUNK)]
+  select = functools.partial(
+    tad.select_videos, embedding[None], num_keyframes=NUM_KEYFRAMES
+  )
+  for name, run in (
+    ("scores in chunks", lambda: tad.score_chunks(held)),
+    ("scores of the whole", lambda: tad.score_videos(embedding[None])),
+    ("all of select_keyframes", select),
+  ):
+    peers.seconds(run)
+    found[name] = min(peers.seconds(run) for _ in range(3))
+  whole = tad.score_videos(embedding[None])[0]
+  found["largest difference of chunks and whole"] = float(
+    jnp.max(jnp.abs(whole - tad.score_chunks(held)))
+  )
+  found["apexes"] = int(jnp.sum(select().apex))
+  assert np.all(np.isfinite(score))
+  return found
+
+
+def hour(folder: str) -> dict[str, float]:
+  with concurrent.futures.ProcessPoolExecutor(
+    1, multiprocessing.get_context("spawn")
+  ) as pool:
+    return pool.submit(measure_hour, folder).result()
 
 
 def plot(path: str, points: dict[str, dict]) -> None:
@@ -318,8 +420,10 @@ def plot(path: str, points: dict[str, dict]) -> None:
 # ------------------------------------------------------------------------ TPU
 
 
-def tpu_traffic(topology: str, shape: tuple[int, int, int]) -> dict:
-  """Bytes that programs compiled for a TPU move, over the videos' own."""
+def tpu_traffic(
+  topology: str, shape: tuple[int, int, int], name: str, phase: str
+) -> dict:
+  """Bytes that a program compiled for a TPU moves, over the videos' own."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   device = topologies.get_topology_desc(
@@ -328,23 +432,20 @@ def tpu_traffic(topology: str, shape: tuple[int, int, int]) -> dict:
   place = jax.sharding.SingleDeviceSharding(device)
   frame = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
   size = 4 * int(np.prod(shape))
-  found = {"topology": topology, "input_bytes": size}
-  for name, settings in VARIANTS.items():
-    score = functools.partial(tad.variation_scores, **settings)
-    select = functools.partial(
-      tad.select_keyframes, num_keyframes=NUM_KEYFRAMES, **settings
-    )
-    for phase, function in (("scores", score), ("selection", select)):
-      program = jax.jit(jax.vmap(function)).trace(frame)
-      program = program.lower(lowering_platforms=("tpu",)).compile()
-      cost = program.cost_analysis()
-      found[f"{name}, {phase}"] = {
-        "over_one_read": cost["bytes accessed"] / size,
-        "temporary_over_input": (
-          program.memory_analysis().temp_size_in_bytes / size
-        ),
-      }
-  return found
+  function, more = {
+    "scores": (tad.variation_scores, {}),
+    "selection": (tad.select_keyframes, {"num_keyframes": NUM_KEYFRAMES}),
+  }[phase]
+  one = functools.partial(function, **VARIANTS[name], **more)
+  program = jax.jit(jax.vmap(one)).trace(frame)
+  program = program.lower(lowering_platforms=("tpu",)).compile()
+  traffic = hlo_traffic.count(program.as_text())
+  return {
+    "read": traffic.read / size,
+    "written": traffic.written / size,
+    "loops_counted_once": traffic.open_loops,
+    "temporary": program.memory_analysis().temp_size_in_bytes / size,
+  }
 
 
 def main(argv: list[str]) -> None:
@@ -354,8 +455,19 @@ def main(argv: list[str]) -> None:
   shape = (2, 64, 128) if _TINY.value else (8, 1_024, 1_280)
   result = peers.read(_OUT.value)
   if _TPU_AOT.value:
-    result["tpu"] = tpu_traffic(_TPU_AOT.value, shape)
-    peers.write(_OUT.value, result)
+    topology = _TPU_AOT.value
+    found = result.setdefault("tpu", {"topology": topology})
+    for phase, videos in (
+      ("scores", shape[0]),
+      ("scores", 8 * shape[0]),
+      ("selection", shape[0]),
+    ):
+      for name in VARIANTS:
+        key = f"{name}, {phase} of {videos} videos"
+        if key not in found:
+          batch = (videos, *shape[1:])
+          found[key] = tpu_traffic(topology, batch, name, phase)
+          peers.write(_OUT.value, result)
     print(result["tpu"])
     return
   if "machine" not in result:
@@ -375,7 +487,15 @@ def main(argv: list[str]) -> None:
   for size in GROWTH[:3] if _TINY.value else GROWTH:
     if str(size) not in result["growth"]:
       result["growth"][str(size)] = grow(size)
+      result["growth_cores"] = _CORES.value
       peers.write(_OUT.value, result)
+  if "hour" not in result and not _TINY.value:
+    if pathlib.Path(_VIDEOS.value).is_dir():
+      result["hour"] = hour(_VIDEOS.value)
+    else:
+      print(f"no folder {_VIDEOS.value}: no hour; change --videos")
+  result["slopes"] = slopes(result["growth"])
+  peers.write(_OUT.value, result)
   print(
     f"{' x '.join(map(str, result['shape']))} float32, {_CORES.value} cores,"
     f" {result['rounds']} rounds, {time.perf_counter() - begin:.0f} s\n"
@@ -395,6 +515,9 @@ def main(argv: list[str]) -> None:
         for size, point in result["growth"].items()
       ],
     )
+  )
+  print(
+    f"\nexponents of T: {result['slopes']}\n\nan hour: {result.get('hour')}"
   )
   if _PLOT.value:
     plot(_PLOT.value, result["growth"])

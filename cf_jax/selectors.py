@@ -268,6 +268,10 @@ SELECTORS = {
   "k_center_median": functools.partial(k_center, median=True),
   "all_frames": all_frames,
 }
+# Those that need no key and show K frames: what programs let a user choose.
+CHOICES = tuple(
+  name for name in SELECTORS if name not in ("random", "all_frames")
+)
 
 
 def by_name(name: str) -> Callable[..., Keyframes]:

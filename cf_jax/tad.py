@@ -28,7 +28,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from cf_jax import masked
+from cf_jax import masked, windows
 from cf_jax.types import Keyframes
 
 Array = jax.Array
@@ -133,41 +133,6 @@ def _shift(value: Array, steps: int) -> Array:
   return jax.lax.slice_in_dim(jnp.pad(value, pad), start, start + size)
 
 
-@jax.custom_jvp
-def _middle(before: Array, own: Array, after: Array) -> Array:
-  low, high = jnp.minimum(before, after), jnp.maximum(before, after)
-  return jnp.maximum(low, jnp.minimum(high, own))
-
-
-@_middle.defjvp
-def _middle_jvp(primals, tangents):
-  """The tangent of the chosen one; the frame's own among equals."""
-  before, own, _ = primals
-  median = _middle(*primals)
-  from_before, from_own, from_after = tangents
-  other = jnp.where(median == before, from_before, from_after)
-  return median, jnp.where(median == own, from_own, other)
-
-
-def _inner_medians(feature: Array, count: Array) -> Array:
-  """[T - 2, E]: `_median_of_three` but for the first row and the last.
-
-  With slices alone, nothing padded, XLA makes this one pass.
-  """
-  own = feature[1:-1]
-  median = _middle(feature[:-2], own, feature[2:])
-  last = jnp.arange(own.shape[0])[:, None] >= count - 2
-  return jnp.where(last, own, median)
-
-
-def _median_of_three(feature: Array, count: Array) -> Array:
-  """Median over a frame and its two neighbours; the end frames stay."""
-  if feature.shape[0] < 3:
-    return feature
-  inner = _inner_medians(feature, count)
-  return jnp.concatenate([feature[:1], inner, feature[-1:]])
-
-
 def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
   """Median over each frame and its two neighbours; the end frames stay.
 
@@ -184,118 +149,7 @@ def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
   mask = _as_mask(mask, embedding.shape[:1])
   feature = _gather(_widen(embedding), mask)
   count = _count(embedding.shape[0], mask)
-  return _spread(_median_of_three(feature, count).T, mask).T
-
-
-def _window_sums(value: Array, scale: int) -> Array:
-  """Sum of rows t to t + scale - 1, by doubling; `scale - 1` rows fewer.
-
-  A running total would lose the digits of a window late in a long video, and
-  would make the score of a chunk depend on what came before it.
-  """
-  size = value.shape[0] - scale + 1
-  total, offset, width, block = None, 0, 1, value
-  while True:
-    if scale & width:
-      part = block[offset : offset + size]
-      total = part if total is None else total + part
-      offset += width
-    if 2 * width > scale:
-      return total
-    block = block[:-width] + block[width:]
-    width *= 2
-
-
-_FOLD = 10  # so many rows of a sum are unrolled, and the rest is vectors
-
-
-@jax.custom_jvp
-def _row_dots(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
-  """[n] sums of left * right over the last axis, for pairs of [n, E]."""
-  return jax.lax.platform_dependent(
-    left, right, cpu=_row_dots_at_once, default=_row_dots_one_by_one
-  )
-
-
-@_row_dots.defjvp
-def _row_dots_jvp(primals, tangents):
-  slope = [
-    a + b
-    for a, b in zip(
-      _row_dots_one_by_one(tangents[0], primals[1]),
-      _row_dots_one_by_one(primals[0], tangents[1]),
-    )
-  ]
-  return _row_dots(*primals), slope
-
-
-def _row_dots_one_by_one(left, right):
-  return [jnp.sum(a * b, axis=-1) for a, b in zip(left, right)]
-
-
-def _row_dots_at_once(left, right):
-  """One pass over all pairs.
-
-  XLA on CPU writes a product to memory before it sums its rows, and sums a row
-  one number after the other. It does neither for one reduction with several
-  results over an axis that is not the last and short enough to be unrolled.
-  """
-  width = left[0].shape[-1]
-  fold = next(n for n in range(min(_FOLD, width), 0, -1) if width % n == 0)
-  shape = (-1, fold, width // fold)
-  product = [(a * b).reshape(shape) for a, b in zip(left, right)]
-  zero = [jnp.zeros((), value.dtype) for value in product]
-  partial = jax.lax.reduce(
-    product, zero, lambda x, y: [a + b for a, b in zip(x, y)], (1,)
-  )
-  return [jnp.sum(value, axis=-1) for value in partial]
-
-
-def _window_dots(
-  frame: Array, scales: tuple[int, ...]
-) -> tuple[list[Array], list[Array]]:
-  """Squared norms of the windows of `frame`, and their dots with those before.
-
-  For rows `max(scales)` to `len(frame) - max(scales)`, for each scale.
-  """
-  lead = max(scales)
-  size = frame.shape[0] - 2 * lead + 1
-  left, right = [], []
-  for scale in scales:
-    window = _window_sums(frame, scale)
-    after = window[lead : lead + size]
-    left += [after, after]
-    right += [after, window[lead - scale : lead - scale + size]]
-  value = _row_dots(left, right)
-  return value[::2], value[1::2]
-
-
-def _all_window_dots(
-  first: Array, inner: Array, last: Array, scales: tuple[int, ...]
-) -> tuple[list[Array], list[Array]]:
-  """`_window_dots` of windows that start at -max(scales) to T - 1.
-
-  The video is `first`, `inner` and `last` in a row, and zeros beyond its ends.
-  `inner` is all but a row or none on either side, and is not copied.
-  """
-  lead = max(scales)
-  reach = 2 * lead - 1
-
-  def padded(before, *rows, after):
-    joined = jnp.concatenate(rows)
-    return jnp.pad(joined, ((before, after), (0, 0)))
-
-  if inner.shape[0] < 2 * reach:
-    whole = padded(2 * lead, first, inner, last, after=lead - 1)
-    return _window_dots(whole, scales)
-  parts = [
-    _window_dots(padded(2 * lead, first, inner[:reach], after=0), scales),
-    _window_dots(inner, scales),
-  ]
-  if lead - 1 + last.shape[0]:
-    end = padded(0, inner[-reach:], last, after=lead - 1)
-    parts.append(_window_dots(end, scales))
-  return jax.tree.map(lambda *value: jnp.concatenate(value), *parts)
+  return _spread(windows.median_of_three(feature, count).T, mask).T
 
 
 def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
@@ -322,13 +176,10 @@ def _variation(
 ) -> Array:
   """`variation_scores` of the first `count` frames; the other rows are 0."""
   time = jnp.arange(feature.shape[0])
-  if median and time.size > 2:
-    inner = _inner_medians(feature, count)
-    parts = (feature[:1], inner, feature[-1:])
-  else:
-    parts = (feature[:0], feature, feature[:0])
   # Rows from `count` on are zero: windows that stick out end at the video's.
-  squares, dots = _all_window_dots(*parts, scales)
+  squares, dots = windows.window_dots(
+    feature, count, scales=scales, median=median
+  )
   lead = max(scales)
   total = 0
   for scale, square, dot in zip(scales, squares, dots):
@@ -540,12 +391,25 @@ def _keep_prominent(peak: Array, value: Array, prominence: float) -> Array:
   return peak & ~jax.lax.while_loop(undecided, walk, start)[-1]
 
 
+def _stand_alone(
+  value: Array, inside: Array, contrast: float, reach: int
+) -> Array:
+  """Places `contrast` times as high as the mean of those within reach."""
+  height = jnp.where(inside, value, 0)
+  around, number = jnp.zeros_like(value), jnp.zeros_like(value)
+  for step in (s for n in range(1, reach + 1) for s in (-n, n)):
+    around += _shift(height, step)
+    number += _shift(inside.astype(value.dtype), step)
+  return value * jnp.maximum(number, 1) >= contrast * around
+
+
 def _inflections(
   value: Array,
   count: Array,
   *,
   gate: float,
   prominence: float,
+  contrast: float,
   min_gap: int,
   strength: str,
   softness: float,
@@ -564,7 +428,8 @@ def _inflections(
   fixed = jax.lax.stop_gradient(value)
   apex = _peaks(fixed, inside)
   apex &= fixed > middle + gate * MAD_TO_STD * unit
-  apex &= top - low >= flat
+  apex &= fixed - low >= flat
+  apex &= _stand_alone(fixed, inside, contrast, min_gap - 1)
   apex = _keep_prominent(apex, fixed, prominence)
   apex = _keep_apart(apex, fixed, min_gap)
 
@@ -584,6 +449,7 @@ def detect_inflections(
   *,
   gate: float = 4.0,
   prominence: float = 0.7,
+  contrast: float = 0.0,
   min_gap: int = 3,
   strength: Literal["soft", "hard"] = "soft",
   softness: float = 1.0,
@@ -595,8 +461,10 @@ def detect_inflections(
   exceeds `median + gate * 1.4826 * unit`, has no higher apex nearer than
   `min_gap`, and is prominent: between it and the nearest higher place within 32
   frames, on either side, v falls to `1 - prominence` of the apex or lower. A
-  dissolve is one hill with several tops, and has one apex. The strength, for
-  ranking and gradients, is
+  dissolve is one hill with several tops, and has one apex. With a contrast it
+  is a step as well, `contrast` times the mean of v in the min_gap - 1 frames
+  before and after it: hard cuts only. The strength, for ranking and gradients,
+  is
 
       a_t = sigmoid((v_t - v_{t-1}) / tau) * sigmoid((v_t - v_{t+1}) / tau)
             * relu(2 v_t - v_{t-1} - v_{t+1}),   tau = softness * unit,
@@ -611,10 +479,13 @@ def detect_inflections(
     gate: height above the median in robust standard deviations.
     prominence: 0 to 1, the share of its height that an apex stands out of a
       higher one's slope; 0 for any.
+    contrast: of an apex with the frames beside it; 0 for any. Hard cuts, as a
+      shot detector finds them, are `scales=(1,), flat=0.005, contrast=8`.
     min_gap: least distance of two apexes in frames.
     strength: "soft" as above, or "hard": the curvature at apexes, else 0.
     softness: tau in units of the curve's own spread.
-    flat: a curve whose range is smaller is constant up to rounding: no apex.
+    flat: least height of an apex above the lowest place. The default is what
+      rounding makes of a constant curve.
 
   Returns:
     apex bool[T] and strength float[T], False and 0 where masked.
@@ -630,6 +501,7 @@ def detect_inflections(
     count,
     gate=gate,
     prominence=prominence,
+    contrast=contrast,
     min_gap=min_gap,
     strength=strength,
     softness=softness,
@@ -695,9 +567,11 @@ def _cut(
   """
   size = score.shape[0]
   spare = num_segments - 1
-  rank = jnp.where(apex, score, -jnp.inf)
-  best, place = jax.lax.top_k(rank, min(spare, size))
-  place = jnp.where(best > -jnp.inf, place, count).astype(jnp.int32)
+  rank = jnp.where(apex, -score, jnp.inf)
+  # Sorted whole: XLA does not split top_k over the videos of a batch.
+  time = jnp.arange(size, dtype=jnp.int32)
+  best, place = jax.lax.sort((rank, time), num_keys=1)
+  place = jnp.where(best < jnp.inf, place, count)[:spare]
   place = jnp.pad(place, (0, spare - place.shape[0]), constant_values=size)
   place = jnp.sort(jnp.minimum(place, count))
   start = jnp.append(jnp.zeros(1, jnp.int32), place)
@@ -712,12 +586,16 @@ def _keep_novel(
   steady: Array,
   num_keyframes: int,
 ) -> tuple[Array, Array]:
-  """K of M segments, the longest first, then always the most novel.
+  """K of M segments, the longest first, then always the one of most merit:
 
-  Novelty is the least cosine distance of a segment's middle frame from those
-  of the segments already kept, times 0.1 + the lower priority of the two
-  apexes around it (the highest of all being 1): a scene that comes back does
-  not need a second frame, and a part of one shot does not become a scene.
+      (0.2 + p) * min(1, length / (n / 2K))^(1/4) * (0.02 + distance)
+
+  p is the lower priority of the two apexes around the segment, the highest of
+  all being 1, as an end of the video is: a part of one shot does not become a
+  scene. Of n frames, half an even share is long enough; what lies between two
+  apexes of one transition is not. Distance is the least cosine distance of the
+  segment's middle frame from those kept so far, at most 1: a scene that comes
+  back waits for those not seen yet, and is still better than a shred.
   """
   size = steady.shape[0]
   length = end - start
@@ -731,15 +609,17 @@ def _keep_novel(
   top = jnp.max(jnp.where(inner, opening, 0))
   opening = jnp.where(inner, opening / jnp.where(top > 0, top, 1), 1)
   closing = jnp.append(opening[1:], 1)  # 1 at the ends of the video
-  weight = 0.1 + jnp.minimum(opening, closing)
+  share = length / (jnp.maximum(count, 1) / (2 * num_keyframes))
+  share = jnp.minimum(1, share.astype(picture.dtype))
+  weight = (0.2 + jnp.minimum(opening, closing)) * share**0.25
 
   def keep(turn, state):
     kept, distance = state
-    merit = jnp.where(turn == 0, length, weight * distance)
+    merit = jnp.where(turn == 0, length, weight * (0.02 + distance))
     pick = jnp.argmax(jnp.where(kept | (length == 0), -1, merit))
     return kept.at[pick].set(True), jnp.minimum(distance, apart[pick])
 
-  first = (jnp.zeros_like(length, bool), jnp.full_like(picture[:, 0], jnp.inf))
+  first = (jnp.zeros_like(length, bool), jnp.ones_like(picture[:, 0]))
   kept, _ = jax.lax.fori_loop(0, num_keyframes, keep, first)
   kept &= length > 0
   place = jnp.flatnonzero(kept, size=num_keyframes, fill_value=-1)
@@ -803,7 +683,7 @@ def _over_norm(dot: Array, norm: Array) -> Array:
 
 def _cosine(left: Array, right: Array) -> Array:
   """[T] cosine of the rows of two [T, E]."""
-  one, other, dot = _row_dots([left, right, left], [left, right, right])
+  one, other, dot = windows.row_dots([left, right, left], [left, right, right])
   return _over_norm(dot, one * other)
 
 
@@ -812,7 +692,7 @@ def relevance_scores(embedding: Array, query: Array) -> Array:
   chex.assert_rank([embedding, query], [2, 1])
   feature = _widen(embedding)
   query = _widen(query).astype(feature.dtype)
-  (square,) = _row_dots([feature], [feature])
+  (square,) = windows.row_dots([feature], [feature])
   return _over_norm(_dot(feature, query), square * jnp.sum(query * query))
 
 
@@ -884,7 +764,7 @@ def _distill(
   score = jnp.where(inside, score, 0)
 
   fixed = jax.lax.stop_gradient(score)
-  steady = _median_of_three(feature, count)
+  steady = windows.median_of_three(feature, count)
   if crowded == "novelty" and selection != "stochastic":
     start, end = _cut(fixed, apex, count, 2 * num_keyframes)
     calm = jax.lax.stop_gradient(steady)
@@ -1019,8 +899,9 @@ def distill_keyframes(
       "apex", most variation. Query relevance and bonus are added.
     crowded: with more than K - 1 apexes, "priority" merges what lies between
       the lower ones; "novelty" cuts at up to 2K - 1 apexes and keeps the K
-      segments most unlike one another, weighed by their apexes. An event of a
-      few frames has two apexes, and losing either would lose the event.
+      segments most unlike one another, weighed by their apexes and a little by
+      their lengths. An event of a few frames has two apexes, and losing either
+      would lose the event.
     variation_weight: w_v.
     apex_weight: w_a.
     relevance_weight: w_q, used with a query only.
@@ -1214,6 +1095,7 @@ def select_keyframes(
   smoothing: float = 0.0,
   gate: float = 4.0,
   prominence: float = 0.7,
+  contrast: float = 0.0,
   min_gap: int = 3,
   strength: Literal["soft", "hard"] = "soft",
   softness: float = 1.0,
@@ -1242,12 +1124,13 @@ def select_keyframes(
     scales: window lengths in frames.
     median: temporal median of three first.
     smoothing: Gaussian over the curve, in frames.
-    gate: see `detect_inflections`, as the five that follow.
+    gate: see `detect_inflections`, as the six that follow.
     prominence: of an apex, as a share of its height.
+    contrast: of an apex with the frames beside it.
     min_gap: least distance of two apexes, and of two stochastic picks.
     strength: "soft" or "hard".
     softness: of the soft strength.
-    flat: range below which the curve counts as constant.
+    flat: least height of an apex.
     shown: see `distill_keyframes`, as everything that follows.
     crowded: "novelty" or "priority".
     variation_weight: w_v.
@@ -1274,6 +1157,7 @@ def select_keyframes(
     mask,
     gate=gate,
     prominence=prominence,
+    contrast=contrast,
     min_gap=min_gap,
     strength=strength,
     softness=softness,
@@ -1413,91 +1297,3 @@ def straight_through_tokens(token: Array, keyframes: Keyframes) -> Array:
   weight = jnp.take_along_axis(keyframes.weight, index[:, None], axis=1)
   gate = 1 + _forward_zero(jnp.where(keyframes.mask, weight[:, 0], 0))
   return token * gate[:, None, None].astype(token.dtype)
-
-
-# The default embedding --------------------------------------------------------
-
-_BINS = 7  # of each colour axis of the histogram
-_GRID = 4  # cells per side of the layout
-_FINE_PX = 32  # the histogram counts about so many averaged pixels per side
-
-
-def pixel_descriptor(frames: Array) -> Array:
-  """A cheap embedding of small frames: which colours, and where.
-
-  Two parts, made for cosine distances between frames:
-
-  - a histogram of chromaticity (red against green and both against blue, each
-    over the pixel's sum), in 7 x 7 soft bins, as square roots, so that the dot
-    product of two histograms is their overlap. A texture that moves keeps its
-    histogram, and light of any strength keeps its chromaticities, but a
-    coloured thing that appears takes its share of the picture away from the
-    rest;
-  - at half that weight, the layout: log luminance less the frame's mean, and
-    two log colour ratios, in 4 x 4 cells. It tells apart what has the same
-    colours elsewhere, and grey pictures. A constant beside it keeps the noise
-    of a flat frame from counting as a picture.
-
-  Args:
-    frames: uint8[..., h, w, 3] RGB, 4 px or more a side; 64 is plenty.
-
-  Returns:
-    float32[..., 98].
-  """
-  chex.assert_axis_dimension(frames, -1, 3)
-  *lead, height, width, _ = frames.shape
-  if min(height, width) < _GRID:
-    raise ValueError(
-      f"frames of {height} x {width} px, expected at least {_GRID} px a side:"
-      " scan larger frames"
-    )
-  flat = frames.reshape((-1, height, width, 3))
-  # Blocks of frames that stay in cache: the soft bins take 14 floats a pixel.
-  feature = jax.lax.map(_describe, flat, batch_size=32)
-  return feature.reshape((*lead, -1))
-
-
-def _describe(frame: Array) -> Array:
-  """float32[98] of one frame uint8[h, w, 3]."""
-  height, width, _ = frame.shape
-  block = max(1, min(height, width) // _FINE_PX)
-  rows, columns = height // block, width // block
-  frame = frame[: rows * block, : columns * block].astype(jnp.float32)
-  fine = frame.reshape((rows, block, columns, block, 3)).mean((1, 3))
-  return jnp.concatenate([_histogram(fine), 0.5 * _layout(fine)])
-
-
-def _histogram(fine: Array) -> Array:
-  """float32[49]: square roots of the shares of the chromaticities."""
-  red, green, blue = jnp.moveaxis(fine.reshape((-1, 3)), -1, 0)
-  total = red + green + blue + 30  # the colour of near-black is noise
-  across = _soft_bins((red - green) / total, 0.6)
-  along = _soft_bins(((red + green) / 2 - blue) / total, 0.5)
-  share = jnp.matmul(across, along.T) / red.size
-  return jnp.sqrt(share + 1e-4).reshape(-1)
-
-
-def _soft_bins(value: Array, reach: float) -> Array:
-  """[bins, n]: each value shared between the two bins beside it."""
-  centre = jnp.arange(_BINS, dtype=jnp.float32)[:, None]
-  place = (jnp.clip(value / reach, -1, 1) + 1) * ((_BINS - 1) / 2)
-  return jnp.maximum(0, 1 - jnp.abs(place[None, :] - centre))
-
-
-def _layout(fine: Array) -> Array:
-  """float32[49]: light and colours of the cells, and a constant."""
-  rows = _cell_average(fine.shape[0])
-  columns = _cell_average(fine.shape[1])
-  cell = jnp.einsum("gh,hwc,kw->gkc", rows, fine, columns)
-  red, green, blue = jnp.moveaxis(jnp.log(cell / 255 + 0.08), -1, 0)
-  light = (red + green + blue) / 3
-  light = 0.5 * (light - jnp.mean(light))
-  picture = jnp.stack([light, red - green, (red + green) / 2 - blue])
-  return jnp.append(picture.reshape(-1) / _GRID, 0.25)
-
-
-def _cell_average(size: int) -> Array:
-  """float32[4, size] averaging matrix of nearly equal cells."""
-  cell = jnp.arange(size) * _GRID // size
-  member = (cell[None, :] == jnp.arange(_GRID)[:, None]).astype(jnp.float32)
-  return member / jnp.sum(member, axis=1, keepdims=True)

@@ -252,6 +252,28 @@ def test_prominence_is_that_of_scipy(seed):
   assert found(prominence=0.5) == want
 
 
+def test_contrast_golden():
+  value = [0, 0, 4, 8, 4, 0, 0, 8, 0, 2, 0, 0]
+  found = functools.partial(apexes, value, gate=0.0, prominence=0.0)
+  # The frames beside the first top are 4 on average, those beside the second 0.
+  assert found(min_gap=2, contrast=2.0) == [3, 7, 9]
+  assert found(min_gap=2, contrast=2.1) == [7, 9]
+  # Of four frames on two sides: 2, 0.5, and of the last one 2.
+  assert found(min_gap=3, contrast=2.0) == [3, 7]
+  assert found(min_gap=3, contrast=5.0) == [7]
+  # Only frames that exist count, and not the first: (1 + 1 + 1) / 3.
+  assert apexes([9, 1, 6, 1, 1], gate=0.0, contrast=6.0) == [2]
+  assert apexes([9, 1, 6, 1, 1], gate=0.0, contrast=6.1) == []
+
+
+def test_flat_is_the_least_height_of_an_apex():
+  value = [0, 1, 3, 1, 1, 7, 1, 1]  # the lowest after the first is 1
+  found = functools.partial(apexes, value, gate=0.0, prominence=0.0)
+  assert found(flat=2.0) == [2, 5]
+  assert found(flat=2.5) == [5]
+  assert found(flat=6.5) == []
+
+
 def test_plateaus_and_ends():
   found = functools.partial(apexes, gate=0.0)
   assert found([0, 1, 3, 3, 3, 1, 1]) == [3]
@@ -414,6 +436,28 @@ def test_crowded_scene_that_comes_back_needs_no_second_frame():
   assert np.flatnonzero(keyframes.apex).tolist() == start[1:-1].tolist()
   shot = np.searchsorted(start, keyframes.index, side="right") - 1
   assert shot.tolist() == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+  ("last", "kept"),
+  [
+    # K = 2 of 24 frames, so 6 are a whole share, and apexes of one height. Of C
+    # the merit is 1.2 * (2 / 6)^(1/4) * 1.02 = 0.930, of the last segment
+    # 1.2 * (0.02 + its distance from A): 1.224,
+    (B, (14, 24)),
+    (0.2 * A + 0.96**0.5 * B, (14, 24)),  # 0.984,
+    (0.3 * A + 0.91**0.5 * B, (12, 14)),  # 0.864
+    (A, (12, 14)),  # and 0.024
+  ],
+)
+def test_crowded_merit_golden(last, kept):
+  frames = rows(*[A] * 12, *[C] * 2, *[last] * 10)
+  apex = np.isin(np.arange(24), (12, 14))
+  program = jitted(tad.distill_keyframes, num_keyframes=2)
+  keyframes = program(
+    frames, jnp.asarray(apex, jnp.float32), jnp.asarray(apex), jnp.zeros(24)
+  )
+  assert keyframes.segment.tolist() == [[0, 12], list(kept)]
 
 
 def test_query_and_bonus_steer():
@@ -658,6 +702,58 @@ def test_batch_is_a_loop_and_other_videos_do_not_matter():
   seen, scanned = jax.lax.scan(step, 0, (batch, mask))
   assert seen == 4 + 4 + 3 + 4
   chex.assert_trees_all_close(scanned, many, atol=2e-6)
+
+
+SHARDED = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from cf_jax import tad
+
+assert jax.device_count() == 8
+rng = np.random.default_rng(0)
+frame = np.repeat(rng.normal(size=(16, 4, 6)), 6, axis=1)
+frame = (frame + 0.02 * rng.normal(size=frame.shape)).astype(np.float32)
+mask = np.arange(24) < rng.integers(15, 25, (16, 1))
+query = frame[:, 3]
+how = dict(num_keyframes=3)
+want = tad.select_videos(frame, mask, query=query, **how)
+
+def loss(frame, mask, query):
+  found = tad.select_videos(frame, mask, query=query, **how)
+  return jnp.sum(found.embedding ** 2), found
+
+slope = jax.jit(jax.grad(loss, has_aux=True))
+want_slope = slope(frame, mask, query)[0]
+assert len(np.unique(want.index, axis=0)) > 3
+for kind in (AxisType.Auto, AxisType.Explicit):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  split = NamedSharding(mesh, P("data"))
+  rows = jax.device_put((frame, mask, query), split)
+  found = tad.select_videos(*rows[:2], query=rows[2], **how)
+  score = tad.score_videos(*rows[:2])
+  gradient, inside = slope(*rows)
+  # The log-probability of what is not drawn is a constant, kept everywhere.
+  for leaf in jax.tree.leaves((found.replace(logprob=score), score, gradient)):
+    assert leaf.sharding.is_equivalent_to(split, leaf.ndim), leaf.sharding
+  for name in ("index", "order", "mask", "segment", "apex"):
+    for other in (found, inside):
+      np.testing.assert_array_equal(getattr(other, name), getattr(want, name))
+  np.testing.assert_allclose(score, want.variation, atol=2e-6)
+  np.testing.assert_allclose(found.weight, want.weight, atol=1e-5)
+  np.testing.assert_allclose(gradient, want_slope, atol=1e-4)
+  # No part of a video is sent: the devices only tell one another, with one
+  # bool, whether any of them has to go round a loop again.
+  text = slope.lower(*rows).compile().as_text()
+  kinds = "all-[a-z]+|collective-[a-z]+|reduce-scatter|ragged-[a-z]+"
+  sent = re.findall(rf"= (\\S+) ({kinds})", text)
+  assert sent and set(sent) == {("pred[]", "all-reduce")}, (kind, sent)
+print("equal")
+"""
+
+
+def test_eight_devices_share_the_videos(with_devices):
+  assert "equal" in with_devices(8, SHARDED)
 
 
 def test_numpy_arrays_can_be_constants_of_a_jit():
@@ -1094,77 +1190,3 @@ def test_stochastic_selection_of_videos():
     np.testing.assert_array_equal(
       one.embedding[video][one.mask[video]], batch[video][real]
     )
-
-
-# -- the pixel descriptor
-
-
-def scene(seed, size=64):
-  """A moving texture, and a coloured square that can be put on it."""
-  rng = np.random.default_rng(seed)
-  coarse = rng.uniform(60, 180, (24, 24, 3))
-  coarse = 0.7 * coarse.mean(2, keepdims=True) + 0.3 * coarse
-  return np.kron(coarse, np.ones((8, 8, 1)))[: size * 2, : size * 2]
-
-
-def distance(left, right):
-  return 1 - np.sum(left * right) / np.linalg.norm(left) / np.linalg.norm(right)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_descriptor_weighs_a_shape_above_motion_and_light(seed):
-  texture = scene(seed)
-  plain = texture[:64, :64]
-  shape = plain.copy()
-  shape[16:48, 20:52] = (225, 35, 35)
-  frames = {
-    "plain": plain,
-    "moved": texture[3:67, 2:66],
-    "darker": 0.8 * plain,
-    "brighter": 1.2 * plain,
-    "shape": shape,
-    "moved shape": np.roll(shape, (4, -6), (0, 1)),
-    "noisy": plain + np.random.default_rng(0).normal(0, 5, plain.shape),
-  }
-  stack = np.stack(list(frames.values())).clip(0, 255).astype(np.uint8)
-  found = np.asarray(jitted(tad.pixel_descriptor)(stack))
-  found = dict(zip(frames, found, strict=True))
-  small = [
-    distance(found["plain"], found[name])
-    for name in ("moved", "darker", "brighter", "noisy")
-  ]
-  large = [
-    distance(found["plain"], found[name]) for name in ("shape", "moved shape")
-  ]
-  assert min(large) > 3 * max(small), (small, large)
-
-
-def test_descriptor_tells_light_from_dark_places():
-  """Grey pictures have one chromaticity; the layout tells them apart."""
-  left = np.full((32, 32, 3), 40, np.uint8)
-  left[:, :16] = 220
-  found = jitted(tad.pixel_descriptor)(np.stack([left, left[:, ::-1]]))
-  assert distance(np.asarray(found[0]), np.asarray(found[1])) > 0.05
-
-
-@pytest.mark.parametrize("shape", [(4, 4), (31, 47), (64, 64), (90, 160)])
-def test_descriptor_shapes(shape):
-  frames = np.random.default_rng(0).integers(
-    0, 256, (2, 3, *shape, 3), dtype=np.uint8
-  )
-  found = jitted(tad.pixel_descriptor)(frames)
-  assert found.shape == (2, 3, 98) and found.dtype == jnp.float32
-  assert np.all(np.isfinite(found))
-  alone = jitted(tad.pixel_descriptor)(frames[1, 2])
-  np.testing.assert_allclose(found[1, 2], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("level", [0, 255])
-def test_descriptor_of_blank_frames(level):
-  frame = np.full((16, 16, 3), level, np.uint8)
-  assert np.all(np.isfinite(jitted(tad.pixel_descriptor)(frame)))
-
-
-def test_descriptor_of_too_small_frames():
-  with pytest.raises(ValueError, match="3 x 9 px, expected at least 4"):
-    tad.pixel_descriptor(np.zeros((3, 9, 3), np.uint8))

@@ -29,8 +29,8 @@ import numpy as np
 import rich.console
 from jax.sharding import PartitionSpec as P
 
+from cf_jax import descriptor, report, sampling, selectors, tad
 from cf_jax import policy as policy_lib
-from cf_jax import report, sampling, selectors, tad
 from cf_jax.data import patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
@@ -40,9 +40,6 @@ from cf_jax.types import Prompt
 
 ANSWER_FILE = "answer.json"
 PICTURE_FILE = "keyframes.png"
-
-# Of `selectors.SELECTORS`; the others need a key, or show every scanned frame.
-SELECTORS = ("tad", "uniform", "top_k", "aks", "k_center", "k_center_median")
 
 # What a None of configs/ask.py stands for, where no run says otherwise.
 _NUM_KEYFRAMES = 8
@@ -114,9 +111,9 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.{name} is empty; set --config.{name}= to {what}"
       )
-  if config.select not in SELECTORS:
+  if config.select not in selectors.CHOICES:
     raise ValueError(
-      f"select must be one of {SELECTORS}, got {config.select!r};"
+      f"select must be one of {selectors.CHOICES}, got {config.select!r};"
       " change config.select"
     )
   for name, value in (
@@ -248,7 +245,7 @@ def look(config: ml_collections.ConfigDict, factor: int) -> Seen:
     ValueError: a setting of the selector is out of range.
   """
   scan = video.scan_frames(config.video, **config.scan)
-  embedding = jax.jit(tad.pixel_descriptor)(scan.frames)
+  embedding = jax.jit(descriptor.pixel_descriptor)(scan.frames)
   mask = jnp.asarray(scan.mask)
   chosen = selectors.select_videos(
     config.select,

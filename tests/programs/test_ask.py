@@ -346,7 +346,7 @@ def test_end_ids(tokenizer, tmp_path):
       ends(broken)
 
 
-@pytest.mark.parametrize("select", ask.SELECTORS)
+@pytest.mark.parametrize("select", selectors.CHOICES)
 def test_every_selector_takes_what_it_is_given(select):
   choose = functools.partial(selectors.by_name(select), num_keyframes=3)
   found = jax.eval_shape(choose, jnp.zeros((32, 98)), jnp.ones(32, bool))
