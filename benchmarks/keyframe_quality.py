@@ -1,7 +1,8 @@
 """Do the keyframes show every shot, and do the apexes find the cuts?
 
   python -m benchmarks.keyframe_quality --out=runs/keyframe_quality \
-    [--videos=../shared/data/videos] [--plots=docs/images] [--sweep]
+    [--videos=../shared/data/videos] [--plots=docs/images] [--sweep] \
+    [--summary=docs/results/keyframe_quality.json]
 
 needs the `bench` extra (PySceneDetect). Three sets of videos, all of them files
 that every method reads:
@@ -13,12 +14,12 @@ that every method reads:
 - synthetic: drawn shots with pans, shake, moving things, noise, exposure ramps,
   one-frame flashes, hard cuts, dissolves and fades through black, encoded.
 
-Each selector gets the same frames' embeddings (`tad.pixel_descriptor` of every
+Each selector gets the same frames' embeddings (`pixel_descriptor` of every
 decoded frame at 64 x 64 px) and the same K. Coverage is the share of the shots
 that have a keyframe, mean over videos; `clean` counts only keyframes that are
-in no transition and no flash. Cut F1 is of TAD's apexes, and of PySceneDetect's
-detectors as they come, within two frames of a transition, all cuts of a set
-pooled.
+in no transition and no flash. Cut F1 is of TAD's apexes, with its defaults and
+with those for hard cuts (`CUTS`), and of PySceneDetect's detectors as they
+come, within two frames of a transition, all cuts of a set pooled.
 
 Tuning (--sweep) uses other seeds and pieces of other clips than the test sets.
 Videos, embeddings and detected cuts stay in --out and are not made again.
@@ -48,7 +49,7 @@ from absl import app, flags
 from PIL import Image
 
 from benchmarks import peers
-from cf_jax import selectors, tad
+from cf_jax import descriptor, selectors, tad
 from cf_jax.data import video
 from cf_jax.evals import keyframes
 
@@ -57,6 +58,7 @@ _VIDEOS = flags.DEFINE_string(
   "videos", "../shared/data/videos", "folder of the real clips"
 )
 _PLOTS = flags.DEFINE_string("plots", "", "folder for film strips (PNG)")
+_SUMMARY = flags.DEFINE_string("summary", "", "file for the figures (JSON)")
 _SETTINGS = flags.DEFINE_string(
   "settings", "{}", 'of TAD instead of its defaults, as JSON: {"gate": 6}'
 )
@@ -71,6 +73,9 @@ PADDED = (1_024, 4_096, 16_384)  # few programs for many lengths
 BUDGETS = (4, 8, 16)  # K, and the number of shots + 1
 RANDOM_SEEDS = 5
 TOLERANCE = 2  # frames
+
+# Of TAD, where its apexes are to be hard cuts and nothing else.
+CUTS = {"scales": (1,), "flat": 5e-3, "contrast": 8.0}
 
 # Transitions (start, end) of the real clips, as `cf_jax.evals.keyframes` has
 # them. bikes: as published. The others: seen by eye in the frames before any
@@ -407,7 +412,7 @@ def file_hash(path: pathlib.Path) -> str:
 @functools.cache
 def _descriptor() -> tuple[Callable, str]:
   """The jitted descriptor, and a hash that changes when its answers do."""
-  describe = jax.jit(tad.pixel_descriptor)
+  describe = jax.jit(descriptor.pixel_descriptor)
   ramp = np.arange(2 * 64 * 64 * 3).reshape((2, *SCAN_PX, 3)) * 37 % 256
   answer = np.asarray(describe(ramp.astype(np.uint8))).round(3) + 0.0
   return describe, hashlib.sha256(answer.tobytes()).hexdigest()[:8]
@@ -438,6 +443,7 @@ def look(clip: Clip, root: pathlib.Path) -> Seen:
 
 
 DETECTORS = ("ContentDetector", "AdaptiveDetector")
+FINDERS = ("TAD", "TAD, cuts", *DETECTORS)
 
 
 def detect(clip: Clip, held: dict[str, Any]) -> dict[str, list[int]]:
@@ -484,6 +490,7 @@ def _selector(name: str, num_keyframes: int, settings: tuple = ()) -> Callable:
   else:
     one = {
       "TAD": tad.select_keyframes,
+      "TAD, cuts": functools.partial(tad.select_keyframes, **CUTS),
       "uniform": selectors.uniform,
       "AKS": selectors.aks,
       "k-center": selectors.k_center,
@@ -625,6 +632,10 @@ def evaluate(
         )
         if name == "TAD":
           row["found"]["TAD"] = np.flatnonzero(apex).tolist()
+  for row, (_, apex, _) in zip(
+    rows, choose(seen, "TAD, cuts", [1] * len(seen))
+  ):
+    row["found"]["TAD, cuts"] = np.flatnonzero(apex).tolist()
   for row in rows:
     row["match"] = {
       name: keyframes.match_cuts(found, row["cuts"], TOLERANCE)
@@ -720,7 +731,7 @@ def goal_table(rows: list[dict]) -> str:
 
 def cut_table(rows: list[dict]) -> str:
   lines = []
-  for name in ("TAD", *DETECTORS):
+  for name in FINDERS:
     found = keyframes.pool([row["match"][name] for row in rows])
     lines.append(
       [
@@ -751,20 +762,60 @@ def video_table(rows: list[dict]) -> str:
           for name in ("TAD", "uniform", "k-center, median")
         )
       )
-    for name in ("TAD", *DETECTORS):
+    for name in FINDERS:
       right, found, true = row["match"][name]
       line.append(f"{right} / {found} / {true}")
     lines.append(line)
   head = ["video", "frames", "shots"]
   head += [f"K = {column}" for column in rows[0]["selected"]]
-  head += [f"{name}" for name in ("TAD", *DETECTORS)]
+  head += FINDERS
   return peers.table(head, lines)
+
+
+def summary(rows: list[dict]) -> dict[str, Any]:
+  """The figures of the tables, for a file."""
+
+  def figures(column):
+    hard = hard_rows(rows, column)
+    shown = {
+      name: {
+        what: round(100 * share(rows, column, name, what), 2)
+        for what in ("seen", "clean")
+      }
+      for name in SELECTORS
+    }
+    return dict(
+      shown_percent=shown,
+      uniform_misses_videos=len(hard),
+      shots_there={
+        name: sum(row["selected"][column][name]["seen"] for row in hard)
+        for name in ("TAD", "uniform", "k-center, median")
+      },
+      most_shots_there=sum(most(row, column) for row in hard),
+      below_uniform={
+        row["name"]: [
+          row["selected"][column][name]["seen"] for name in ("TAD", "uniform")
+        ]
+        for row in fewer(rows, column)
+      },
+    )
+
+  return dict(
+    videos=len(rows),
+    frames=sum(row["frames"] for row in rows),
+    budgets={column: figures(column) for column in rows[0]["selected"]},
+    cuts={
+      name: keyframes.pool([row["match"][name] for row in rows])._asdict()
+      for name in FINDERS
+    },
+  )
 
 
 # -------------------------------------------------------------------- pictures
 
 _INK, _CUT, _APEX = "#1c2733", "#e8a33d", "#c8553d"
 _NEW, _AGAIN, _MIXED = "#1f5fa8", "#c3cad2", "#c8553d"
+_SHOWN, _MISSED = "#dbe7f3", "#e79a8a"  # shots
 _ROW = 12  # pictures side by side
 
 
@@ -829,9 +880,15 @@ def draw(path: pathlib.Path, row: dict, one: Seen, column: str) -> None:
   _draw_curve(figure, page, one, chosen, score, apex)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=100)
-  # A palette: a quarter of the bytes.
+  # A palette is a quarter of the bytes; the colours that mean something stay.
   picture = Image.open(path).convert("RGB")
-  picture.quantize(192, Image.Quantize.MEDIANCUT).save(path, optimize=True)
+  few = picture.quantize(240, Image.Quantize.MEDIANCUT)
+  fixed = (_INK, _CUT, _APEX, _NEW, _AGAIN, _SHOWN, _MISSED, "#ffffff")
+  colours = few.getpalette()[: 3 * 240]
+  colours += [value for name in fixed for value in bytes.fromhex(name[1:])]
+  few.putpalette(colours)
+  picture = picture.quantize(palette=few, dither=Image.Dither.NONE)
+  picture.save(path, optimize=True)
 
 
 def _draw_curve(figure, page, one, chosen, score, apex) -> None:
@@ -860,7 +917,7 @@ def _draw_curve(figure, page, one, chosen, score, apex) -> None:
       axes.broken_barh(
         [(start, end - start)],
         (low, 0.1 * peak),
-        facecolor="#dbe7f3" if hit else "#e79a8a",
+        facecolor=_SHOWN if hit else _MISSED,
         edgecolor="white",
         linewidth=0.6,
       )
@@ -919,6 +976,7 @@ STEPS: tuple[tuple[str, tuple], ...] = (
   ("scales", ((1,), (2,), (4,), (2, 4), (2, 4, 8), (4, 8))),
   ("gate", (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)),
   ("prominence", (0.0, 0.3, 0.5, 0.6, 0.7, 0.8)),
+  ("contrast", (0.0, 3.0, 5.0, 8.0)),
   ("min_gap", (2, 3, 4, 6, 8, 12)),
   ("flat", (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
   ("median", (True, False)),
@@ -1077,11 +1135,12 @@ def main(argv: list[str]) -> None:
       sets[name] = [one for one in made if one.num_frames <= TUNED_FRAMES]
     sweep(sets, result, save)
     return
-  held = result.setdefault("detected", {})
+  held, about = result.setdefault("detected", {}), {}
   for name in ("real", "joined", "synthetic"):
     seen = make_set(name, "test", root)
     rows = evaluate(seen, held, save)
     result.setdefault(_SETTINGS.value, {})[name] = rows
+    about[name] = summary(rows)
     save()
     frames = sum(row["frames"] for row in rows)
     print(f"\n{name}: {len(rows)} videos, {frames:,} frames\n")
@@ -1101,6 +1160,10 @@ def main(argv: list[str]) -> None:
         where = pathlib.Path(_PLOTS.value) / f"{file}.png"
         draw(where, rows[n], seen[n], "shots + 1")
         print(f"{where}: {rows[n]['name']}")
+  if _SUMMARY.value:
+    settings = defaults() | settings_of_tad()
+    about = dict(settings=settings, cuts=CUTS, tolerance=TOLERANCE, sets=about)
+    peers.write(_SUMMARY.value, about)
 
 
 if __name__ == "__main__":

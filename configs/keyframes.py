@@ -35,7 +35,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # with a checkpoint (multiples of its patches, 28 px)
     size_px=config_dict.placeholder(tuple),
     chunk=256,  # frames that are embedded at a time
-    # of a file's decoder; None: the cores, shared by the files at once
+    # Decoders of one file, each at a part of it, and threads of each decoder;
+    # None: the cores, shared by the files at once.
+    parts=config_dict.placeholder(int),
     num_threads=config_dict.placeholder(int),
   )
   config.files_at_once = config_dict.placeholder(int)  # None: the cores
@@ -60,10 +62,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     smoothing=0.0,  # of the curve, in frames
     gate=4.0,  # how far an apex stands out, in robust standard deviations
     prominence=0.7,  # and out of a higher one's slope, a share of its height
+    contrast=0.0,  # and of the frames beside it; hard cuts only: 8
     min_gap=3,  # scanned frames between two apexes, at least
     strength="soft",  # of an apex: or "hard"
     softness=1.0,  # of the soft strength
-    flat=1e-4,  # a curve of less range has no apex
+    flat=1e-4,  # least height of an apex
     shown="calmest",  # of a segment; or "middle", "medoid", "first", "apex"
     crowded="novelty",  # which of too many segments stay; or "priority"
     variation_weight=1.0,  # of the curve's height in an apex's priority

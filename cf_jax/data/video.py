@@ -20,7 +20,7 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import cv2
@@ -37,8 +37,9 @@ _MIN_DECODABLE = 0.9
 # Seeking by key frames: OpenCV starts at one that many frames before the wanted
 # frame, and a seek that saves fewer frames than the second is not worth it.
 _SEEK_MARGIN, _SEEK_GAIN = 16, 32
-# Decoded frames that wait for being shrunk: bytes of a batch, and batches.
-_BATCH_BYTES, _BATCHES = 8 * 2**20, 2
+# Of a file in parts: so long before the place where the next one is to start, a
+# decoder waits for word of where it did start.
+_JOINT_S = 2.0
 
 
 class VideoError(ValueError):
@@ -86,13 +87,46 @@ class Chunk(NamedTuple):
 
   Attributes:
     frames: uint8[n, h, w, 3] RGB.
-    number: int64[n] numbers of the decoded frames.
-    num_decoded: frames decoded so far, those not taken included.
+    part: which part of the file they are of; 0 where it is not divided.
+    number: int64[n] numbers of the decoded frames, counted in the part.
+    num_decoded: frames decoded so far of all parts, those not taken included.
   """
 
   frames: np.ndarray
+  part: int
   number: np.ndarray
   num_decoded: int
+
+
+class _Part:
+  """A stretch of a file that one decoder goes through.
+
+  Attributes:
+    start: number of its first frame, if the header is right.
+    placed: is it settled where it starts, or that it does not?
+    first: its first frame, shrunk; None where it does not start.
+    first_s: seconds of that frame.
+    time_s: seconds of its frames.
+    key: numbers of the frames that are coded on their own.
+    number: numbers of the frames that are taken.
+    due: the first slot of time of which no frame is taken yet.
+    stamped: do the container's stamps tell all its frames apart?
+    next: the part whose first frame it met; None if it went to the file's end.
+    error: what ended it.
+  """
+
+  def __init__(self, start: int):
+    self.start = start
+    self.placed = threading.Event()
+    self.first: np.ndarray | None = None
+    self.first_s = 0.0
+    self.time_s: list[float] = []
+    self.key: list[int] = []
+    self.number: list[int] = []
+    self.due = 0
+    self.stamped = True
+    self.next: _Part | None = None
+    self.error: Exception | None = None
 
 
 class _Moved(Exception):
@@ -212,12 +246,16 @@ def scan_frames(
 class Stream:
   """All frames of a file, small and in chunks, however long it is.
 
-  A thread of its own decodes ahead of the one that iterates, which shrinks the
-  frames; both leave Python's lock alone while they work. Iterate once; the
-  attributes are whole when that is over.
+  Decoders in threads of their own, each at a part of the file, work ahead of
+  the one that iterates; they leave Python's lock alone while they do. A part
+  ends at the first frame of the next one, told by its stamp and its pixels.
+  Where that does not come (a seek ended elsewhere, the header is wrong), it
+  goes on, and the next one counts for nothing: the answer is one decoder's.
+  Iterate once; the attributes are whole when that is over.
 
   Attributes:
     time_s: seconds of every frame decoded, from the start of the stream.
+    number: numbers of the frames that were taken.
     start_s: when the container starts the stream, seconds; of its own stamps
       OpenCV tells this one to the nearest frame only.
     seekable: do the container's stamps tell all frames apart?
@@ -239,105 +277,187 @@ class Stream:
     chunk: int,
     fps: float | None = None,
     num_threads: int = 1,
+    parts: int = 1,
   ):
     """Opens nothing yet.
 
     Args:
       path: file.
       size_px: (height, width) to resize to by `shrink_frame`.
-      chunk: frames at a time; the last chunk may have fewer.
+      chunk: frames at a time; the last chunk of a part may have fewer.
       fps: frames a second to take: the first one in every 1 / fps seconds;
         None takes all.
-      num_threads: of the decoder.
+      num_threads: of each decoder.
+      parts: decoders.
     """
     self._path, self._size_px, self._chunk = path, size_px, chunk
     self._fps, self._num_threads = fps, num_threads
+    self._parts = [_Part(0) for _ in range(parts)]
+    self._rows: list[tuple[int, int]] = []
     self.time_s: list[float] = []
+    self.number: list[int] = []
     self.start_s = 0.0
     self.seekable = True
     self.key: list[int] = []
 
   def __iter__(self) -> Iterator[Chunk]:
-    """Decodes the file.
+    """Decodes the file; the chunks of one part come in order.
 
     Raises:
       VideoError: missing, empty, not a video, or without any frame.
     """
-    ready, stop = queue.Queue(_BATCHES), threading.Event()
-    thread = threading.Thread(
-      target=self._run, args=(ready, stop), name="decode", daemon=True
-    )
-    thread.start()
+    if len(self._parts) > 1:
+      count = probe(self._path).num_frames
+      for n, part in enumerate(self._parts):
+        part.start = n * count // len(self._parts)
+    ready, stop = queue.Queue(2 * len(self._parts)), threading.Event()
+    threads = [
+      threading.Thread(
+        target=self._run, args=(n, ready, stop), name="decode", daemon=True
+      )
+      for n in range(len(self._parts))
+    ]
+    for thread in threads:
+      thread.start()
     try:
-      yield from self._chunks(ready)
+      running = len(threads)
+      while running:
+        item = ready.get()
+        if item is None:
+          running -= 1
+        else:
+          yield item
     finally:
       stop.set()
+      for part in self._parts:
+        part.placed.set()
       with contextlib.suppress(queue.Empty):
         while True:
           ready.get_nowait()
-      thread.join()
+      for thread in threads:
+        thread.join()
+    self._connect()
 
-  def _chunks(self, ready: queue.Queue) -> Iterator[Chunk]:
-    frames, number = [], []
-    while True:
-      batch = ready.get()
-      if isinstance(batch, Exception):
-        raise batch
-      for index, picture in batch or ():
-        small = shrink_frame(picture, self._size_px)
-        frames.append(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
-        number.append(index)
-        if len(frames) == self._chunk:
-          yield Chunk(np.stack(frames), np.array(number), len(self.time_s))
-          frames, number = [], []
-      if batch is None:
-        break
-    if frames:
-      yield Chunk(np.stack(frames), np.array(number), len(self.time_s))
+  def join(self, rows: Mapping[int, Sequence[np.ndarray]]) -> np.ndarray:
+    """What was made of the frames, in order of time and each one once.
 
-  def _run(self, ready: queue.Queue, stop: threading.Event) -> None:
-    """Decodes into the queue, whose last item is None or an error."""
+    Args:
+      rows: part -> what was made of each of its chunks, [n, ...].
+
+    Returns:
+      [T, ...], a row for each of `number`.
+    """
+    return np.concatenate(
+      [np.concatenate(rows[n])[first:] for n, first in self._rows if n in rows]
+    )
+
+  def _connect(self) -> None:
+    """Follows the parts from the first one to the end of the file."""
+    part, due = self._parts[0], 0
+    while part is not None:
+      if part.error is not None:
+        raise part.error
+      first, place = 0, len(self.time_s)
+      if part.number and self._slot(part.time_s[part.number[0]]) < due:
+        first = 1  # the part before took a frame of that slot
+      self._rows.append((self._parts.index(part), first))
+      self.time_s += part.time_s
+      self.key += [place + n for n in part.key]
+      self.number += [place + n for n in part.number[first:]]
+      self.seekable &= part.stamped
+      part, due = part.next, part.due
+    if not self.time_s:
+      raise VideoError(f"{self._path}: no frame can be decoded")
+
+  def _run(self, here: int, ready: queue.Queue, stop: threading.Event) -> None:
+    """Decodes a part into the queue; its last item is None."""
 
     def offer(item) -> None:
       while not stop.is_set():
         with contextlib.suppress(queue.Full):
           return ready.put(item, timeout=0.1)
 
+    part = self._parts[here]
     try:
       with _capture(self._path, self._num_threads) as capture:
-        self._decode(capture, offer, stop)
-      if not self.time_s:
-        raise VideoError(f"{self._path}: no frame can be decoded")
-      offer(None)
+        self._decode(here, capture, offer, stop)
     except Exception as error:  # raised again where the frames are used
-      offer(error)
+      part.error = error
+    part.placed.set()
+    offer(None)
 
-  def _decode(self, capture, offer, stop) -> None:
-    reader, batch, due = _Reader(capture), [], 0
+  def _decode(self, here, capture, offer, stop) -> None:
+    reader, part = _Reader(capture), self._parts[here]
+    later, frames = self._parts[here + 1 :], []
+    if part.start:
+      capture.set(cv2.CAP_PROP_POS_FRAMES, part.start)
+
+    def hand_over() -> None:
+      if frames:
+        number = np.array(part.number[-len(frames) :])
+        num_decoded = sum(len(part.time_s) for part in self._parts)
+        offer(Chunk(np.stack(frames), here, number, num_decoded))
+        frames.clear()
+
+    while not stop.is_set() and reader.step():
+      part.next = self._meet(reader, later)
+      if part.next is not None:
+        break
+      now_s = reader.now_s
+      part.time_s.append(now_s)
+      if capture.get(cv2.CAP_PROP_FRAME_TYPE) == ord("I"):
+        part.key.append(reader.position - 1)
+      slot = self._slot(now_s)
+      if slot < part.due:
+        continue
+      part.due = slot + (self._fps is not None)
+      picture = reader.picture()
+      small = shrink_frame(picture, self._size_px)
+      frames.append(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+      part.number.append(reader.position - 1)
+      if reader.position == 1:  # taken at any rate
+        if not here:
+          self._describe(capture, picture)
+        part.first, part.first_s = frames[0], now_s
+        part.placed.set()
+      if len(frames) == self._chunk:
+        hand_over()
+    part.stamped = reader.stamped
+    hand_over()
+
+  def _meet(self, reader: "_Reader", later: list[_Part]) -> _Part | None:
+    """The part of which this is the first frame; drops those that are past."""
+    while later:
+      part = later[0]
+      if not part.placed.is_set():
+        if reader.now_s < part.start / reader.fps - _JOINT_S:
+          return None
+        part.placed.wait()
+      if part.first is not None:
+        if reader.now_s < part.first_s:
+          return None
+        # A video without stamps, or at rest, has no place to meet.
+        if reader.now_s == part.first_s > 0 and reader.stamped:
+          small = shrink_frame(reader.picture(), self._size_px)
+          small = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+          if np.array_equal(small, part.first):
+            return part
+      later.pop(0)
+    return None
+
+  def _slot(self, time_s: float) -> int:
+    """Which of the stretches of 1 / fps seconds; 0 where all are taken."""
+    if self._fps is None:
+      return 0
+    return math.floor(time_s * self._fps + 1e-6)  # a rounding below is on it
+
+  def _describe(self, capture: cv2.VideoCapture, picture: np.ndarray) -> None:
+    """What the file says of itself, at its first frame."""
     four = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little")
     self.codec = four.decode("latin-1").strip("\0 ")
     self.rotation = int(capture.get(cv2.CAP_PROP_ORIENTATION_META)) % 360
-    while not stop.is_set() and reader.step():
-      now_s = reader.now_s
-      self.time_s.append(now_s)
-      if capture.get(cv2.CAP_PROP_FRAME_TYPE) == ord("I"):
-        self.key.append(reader.position - 1)
-      if self._fps is not None:
-        # A rounding below a boundary is on it.
-        slot = math.floor(now_s * self._fps + 1e-6)
-        if slot < due:
-          continue
-        due = slot + 1
-      picture = reader.picture()
-      if reader.position == 1:  # taken at any rate
-        self.start_s = max(0, capture.get(cv2.CAP_PROP_PTS)) / reader.fps
-        self.info = _info(capture, picture)
-      batch.append((reader.position - 1, picture))
-      if len(batch) * picture.nbytes >= _BATCH_BYTES or len(batch) == 16:
-        offer(batch)
-        batch = []
-    self.seekable = reader.stamped
-    offer(batch)
+    self.info = _info(capture, picture)
+    self.start_s = max(0, capture.get(cv2.CAP_PROP_PTS)) / self.info.fps
 
 
 def shrink_frame(frame: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:

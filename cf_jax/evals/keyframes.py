@@ -151,3 +151,25 @@ def match_cuts(
       left.pop(0)
       right += 1
   return Found(right, len(found), len(pairs))
+
+
+def evidence_hits(
+  evidence: Sequence[Sequence[tuple[float, float]]], time_s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """How many annotated intervals of each question got a keyframe.
+
+  Args:
+    evidence: of R questions: (start, end) seconds of what the answer rests on.
+    time_s: float[R, K] seconds of the keyframes, NaN where there is none.
+
+  Returns:
+    int[R] intervals with a keyframe inside, int[R] intervals.
+  """
+  hits = [
+    sum(
+      bool(np.any((seconds >= start) & (seconds <= end)))
+      for start, end in intervals
+    )
+    for intervals, seconds in zip(evidence, time_s, strict=True)
+  ]
+  return np.array(hits), np.array([len(intervals) for intervals in evidence])

@@ -13,6 +13,7 @@ NAME is the file's path below the folder, suffix included, so no two clash.
 Axes: `T` scanned frames, `K` keyframes, `E` frame-embedding width.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -33,11 +34,9 @@ import rich.console
 from absl import logging
 from flax import traverse_util
 
-from cf_jax import policy as policy_lib
-from cf_jax import report, selectors, tad
+from cf_jax import descriptor, selectors, tad
 from cf_jax.data import video
 from cf_jax.models import config as model_config
-from cf_jax.programs import ask, policies
 from cf_jax.runtime import sharding, telemetry
 from cf_jax.types import Keyframes
 
@@ -63,6 +62,8 @@ _PIXEL_PX, _VISION_PX = (64, 64), (112, 112)
 # T is filled up to this, or four times this, sixteen times, ..., with masked
 # frames: videos of any length share a few programs.
 _LEAST_FRAMES = 1024
+# A file is divided for several decoders where each gets so many frames.
+_PART_FRAMES = 1024
 # A header that promises more is not taken at its word.
 _SURE_FRAMES = 2**18
 _STRIP_PX = 320  # width of a picture of the film strip
@@ -117,6 +118,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     ("num_keyframes", config.num_keyframes, 1),
     ("scan.chunk", config.scan.chunk, 1),
     ("scan.num_threads", config.scan.num_threads, 1),
+    ("scan.parts", config.scan.parts, 1),
     ("files_at_once", config.files_at_once, 1),
     ("scan.size_px", config.scan.size_px and min(config.scan.size_px), 4),
   ):
@@ -127,7 +129,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f"config.fps must be above 0, or None for every frame, got {config.fps}"
     )
   for name, value, choices in (
-    ("select", config.select, ask.SELECTORS),
+    ("select", config.select, selectors.CHOICES),
     ("picture", config.picture, tuple(PICTURES)),
     ("dtype", config.dtype, (None, *model_config.DTYPES)),
   ):
@@ -195,11 +197,15 @@ def make_embedder(config: ml_collections.ConfigDict) -> Embedder:
   size_px = config.scan.size_px and tuple(config.scan.size_px)
   if not config.checkpoint:
     return Embedder(
-      jax.jit(tad.pixel_descriptor),
+      jax.jit(descriptor.pixel_descriptor),
       size_px or _PIXEL_PX,
       config.scan.chunk,
       "pixels",
     )
+  # Here, because what reads checkpoints is a quarter of the start.
+  from cf_jax import policy as policy_lib
+  from cf_jax.programs import policies
+
   model, params, source = policies.load_vision(
     config.checkpoint,
     sharding.make_mesh(**config.mesh),
@@ -259,6 +265,7 @@ def look(
   embedder: Embedder,
   settings: dict[str, Any],
   *,
+  parts: int,
   num_threads: int,
   advance: Callable[[int], None],
 ) -> dict[str, Any]:
@@ -270,7 +277,8 @@ def look(
     config: of configs/keyframes.py.
     embedder: what stands for a frame.
     settings: kept in keyframes.json.
-    num_threads: that may be used for it.
+    parts: of the file that are decoded side by side.
+    num_threads: of each decoder.
     advance: called with the frames newly decoded, now and then.
 
   Returns:
@@ -288,6 +296,7 @@ def look(
     chunk=embedder.chunk,
     fps=config.fps,
     num_threads=num_threads,
+    parts=parts,
   )
   embedding, number = _scan(stream, embedder, advance)
   chosen, score = _choose(config, embedding)
@@ -304,7 +313,11 @@ def look(
   (folder / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
   for old in (folder / PICTURES_FOLDER).iterdir():
     old.unlink()
-  small = _write_pictures(source.path, folder, names, at, stream, num_threads)
+  small = _write_pictures(
+    source.path, folder, names, at, stream, max(parts, num_threads)
+  )
+
+  from cf_jax import report  # see _prepare
 
   keep = _envelope(score, chosen.apex)
   with _DRAWING:
@@ -395,11 +408,12 @@ def _scan(
   stream: video.Stream, embedder: Embedder, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
   """float[T, E] and int64[T] numbers of the frames that were taken."""
-  parts, number, waiting, told = [], [], None, 0
+  rows, waiting, told = collections.defaultdict(list), None, 0
 
   def collect() -> None:
     if waiting is not None:
-      parts.append(np.asarray(waiting[0])[: waiting[1]])
+      part, made, real = waiting
+      rows[part].append(np.asarray(made)[:real])
 
   with contextlib.closing(iter(stream)) as chunks:
     for chunk in chunks:
@@ -407,12 +421,11 @@ def _scan(
       spare = [(0, embedder.chunk - real)] + [(0, 0)] * 3
       made = embedder.embed(np.pad(chunk.frames, spare))
       collect()  # the one before, while this one is computed
-      waiting = made, real
-      number.append(chunk.number)
-      advance(chunk.num_decoded - told)
-      told = chunk.num_decoded
+      waiting = chunk.part, made, real
+      advance(max(0, chunk.num_decoded - told))  # parts come as they are done
+      told = max(told, chunk.num_decoded)
   collect()
-  return np.concatenate(parts), np.concatenate(number)
+  return stream.join(rows), np.array(stream.number)
 
 
 def _padded(count: int) -> int:
@@ -427,6 +440,8 @@ def _prepare(
   config: ml_collections.ConfigDict, embedder: Embedder, counts: list[int]
 ) -> None:
   """Compiles the programs for videos of so many frames."""
+  from cf_jax import report  # noqa: F401  draws; a quarter of the start, too
+
   blank = np.zeros((embedder.chunk, *embedder.size_px, 3), np.uint8)
   made = embedder.embed(blank)
   for size in sorted({_padded(count) for count in counts}):
@@ -469,9 +484,8 @@ def _facts(stream: video.Stream) -> dict[str, Any]:
   step_s = np.diff(time_s)
   usual_s = float(np.median(step_s)) if len(step_s) else 1 / info.fps
   duration_s = float(time_s[-1]) + usual_s
-  short = info.duration_s - duration_s > max(
-    0.05 * info.duration_s, 2 * usual_s
-  )
+  # The sound may end a little later than the picture.
+  short = info.duration_s - duration_s > max(0.1, 2 * usual_s)
   return dict(
     codec=stream.codec,
     width=info.width,
@@ -500,7 +514,7 @@ def _write_pictures(
   names: list[str],
   number: np.ndarray,
   stream: video.Stream,
-  num_threads: int,
+  parts: int,
 ) -> np.ndarray:
   """Writes the keyframes at full size; returns them small: uint8[K, h, w, 3].
 
@@ -522,7 +536,7 @@ def _write_pictures(
       )
       (folder / names[slot]).write_bytes(data)
 
-  parts = min(num_threads + 1, len(names)) if stream.seekable else 1
+  parts = min(parts, len(names)) if stream.seekable else 1
   with concurrent.futures.ThreadPoolExecutor(parts) as pool:
     list(pool.map(write, np.array_split(np.arange(len(names)), parts)))
   return small
@@ -605,6 +619,8 @@ def run(
   ]
   about["this_start"] = dict(num_frames=decoded, seconds=took_s)
   telemetry.write_json(workdir / LIST_FILE, about)
+  from cf_jax import report  # see _prepare
+
   report.keyframe_page(
     workdir / PAGE_FILE,
     title=pathlib.Path(root).name,
@@ -640,14 +656,14 @@ def _look_at_all(
 ) -> Iterator[tuple[Source, dict[str, Any] | Exception]]:
   """Every video with its record or what went wrong, as they are done.
 
-  Files are decoded side by side; one alone gets all cores, less the one that
-  shrinks its frames.
+  Files are decoded side by side; fewer files than cores are divided, the short
+  ones by the decoder itself.
   """
   if not lengths:
     return
   cores = cv2.getNumberOfCPUs()
   side_by_side = min(config.files_at_once or cores, len(lengths))
-  num_threads = config.scan.num_threads or max(1, (cores - 1) // side_by_side)
+  share = max(1, cores // side_by_side)
   stop, lock, complete = threading.Event(), threading.Lock(), 0
   pool = concurrent.futures.ThreadPoolExecutor(side_by_side)
   # While the first files are decoded. What fails here fails there.
@@ -661,6 +677,7 @@ def _look_at_all(
     def work(source: Source) -> dict[str, Any]:
       nonlocal complete
       left = lengths[source]  # of what the header promised
+      parts = min(config.scan.parts or share, max(1, left // _PART_FRAMES))
 
       def show(amount: int) -> None:
         nonlocal left
@@ -680,7 +697,8 @@ def _look_at_all(
           config,
           embedder,
           settings,
-          num_threads=num_threads,
+          parts=parts,
+          num_threads=config.scan.num_threads or max(1, share // parts),
           advance=advance,
         )
       finally:

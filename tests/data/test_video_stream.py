@@ -65,6 +65,59 @@ def test_so_many_a_second(tmp_path):
   assert chunk.number.tolist() == [0, 20] and len(stream.time_s) == 24
 
 
+def _same(path, settings, **parted):
+  """What a divided file gives is what the whole one gives."""
+  one, whole = _gone_through(path, **settings)
+  stream, chunks = _gone_through(path, **settings, **parted)
+  rows = {}
+  for chunk in chunks:
+    assert len(chunk.number) == len(chunk.frames)
+    rows.setdefault(chunk.part, []).append(chunk.frames)
+  joined = np.concatenate([chunk.frames for chunk in whole])
+  np.testing.assert_array_equal(stream.join(rows), joined)
+  for name in ("time_s", "number", "key", "info", "codec", "rotation"):
+    assert getattr(stream, name) == getattr(one, name), name
+  assert stream.seekable == one.seekable and stream.start_s == one.start_s
+  return chunks
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("fps", [None, 10.0])
+def test_parts_are_the_whole(noise, parts, fps):
+  chunks = _same(noise, dict(fps=fps, chunk=7), parts=parts)
+  assert {chunk.part for chunk in chunks} == set(range(parts))
+  # Each goes through its own part and no further.
+  assert chunks[-1].num_decoded <= 90
+
+
+def test_a_slot_over_two_parts_gives_one_frame(tmp_path):
+  """At 10 frames a second the second of two parts starts amid a slot."""
+  path = _write(tmp_path / "grey.mp4", 24)
+  for fps in (0.5, 0.9, 3.0, 4.0):
+    _same(path, dict(fps=fps), parts=2)
+
+
+def test_parts_that_do_not_meet_count_for_nothing(noise, monkeypatch):
+  class Elsewhere(video._Part):
+    """As if its seek had ended at another picture."""
+
+    def __setattr__(self, name, value):
+      other = name == "first" and value is not None
+      super().__setattr__(name, 255 - value if other else value)
+
+  monkeypatch.setattr(video, "_Part", Elsewhere)
+  _same(noise, {}, parts=3)
+
+
+def test_a_header_that_promises_more_than_there_is(noise, monkeypatch):
+  told = video.probe(noise)
+  monkeypatch.setattr(
+    video, "probe", lambda path: told._replace(num_frames=400)
+  )
+  chunks = _same(noise, {}, parts=3)
+  assert {chunk.part for chunk in chunks} == {0}
+
+
 def test_shrinking_is_a_mean_of_sixteen():
   rng = np.random.default_rng(0)
   frame = rng.integers(0, 256, (128, 192, 3), dtype=np.uint8)
@@ -156,7 +209,8 @@ def test_errors_come_out_of_the_thread(tmp_path):
 def test_real_files_both_ways(name, count, monkeypatch):
   """Frames sought, in several codecs, are those of decoding through."""
   monkeypatch.setattr(video, "_SEEK_GAIN", 8)
-  stream, chunks = _gone_through(DATA / name)
+  _same(DATA / name, {}, parts=3)
+  stream, _ = _gone_through(DATA / name)
   assert len(stream.time_s) == count
   wanted = video.spread(count, 5)
   full, time_s = video.read_frames(DATA / name, wanted)

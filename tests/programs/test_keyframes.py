@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from cf_jax import descriptor, tad
 from cf_jax import policy as policy_lib
-from cf_jax import tad
 from cf_jax.data import patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, vlm
@@ -111,7 +112,7 @@ def test_it_is_what_the_layer_says(config, scenes, clip, tmp_path):
   (record,) = keyframes.run(config, tmp_path)
   frames, _ = video.read_frames(clip)
   small = np.stack([video.shrink_frame(frame, (64, 64)) for frame in frames])
-  embedding = jax.jit(tad.pixel_descriptor)(small)
+  embedding = jax.jit(descriptor.pixel_descriptor)(small)
   chosen = tad.select_videos(embedding[None], num_keyframes=3)
   chosen = jax.tree.map(lambda leaf: leaf[0], chosen)
   rows = record["keyframes"]
@@ -254,6 +255,67 @@ def test_a_folder_goes_on(config, scenes, clip, write_video, tmp_path):
     row["name"]: row["error"] for row in _read(out / "videos.json")["videos"]
   }
   assert sum(error is not None for error in errors.values()) == 3
+
+
+def _index_in_front(data):
+  """An MP4 with its index, `moov`, before its frames; and where those are."""
+  at, place = {}, 0
+  while place < len(data):
+    size, kind = struct.unpack_from(">I4s", data, place)
+    at[kind] = place
+    place += size
+  assert list(at)[-1] == b"moov" and place == len(data)
+  index = bytearray(data[at[b"moov"] :])
+  table = index.index(b"stco")
+  (count,) = struct.unpack_from(">I", index, table + 8)
+  for n in range(count):
+    (offset,) = struct.unpack_from(">I", index, table + 12 + 4 * n)
+    struct.pack_into(">I", index, table + 12 + 4 * n, offset + len(index))
+  first = at[b"mdat"]
+  moved = data[:first] + bytes(index) + data[first : at[b"moov"]]
+  return moved, first + len(index) + 8
+
+
+def test_a_file_cut_short_behind_its_index(config, write_video, tmp_path):
+  """As a download that stopped: the header still promises every frame."""
+  frames = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), np.uint8)
+  path = write_video(tmp_path / "noise.mp4", frames, FPS)
+  data, start = _index_in_front(path.read_bytes())
+  truth, _ = video.read_frames(path)
+  config.video = str(tmp_path / "moved.mp4")
+  for n, share in enumerate((1.0, 0.9, 0.4)):
+    size = start + int(share * (len(data) - start))
+    (tmp_path / "moved.mp4").write_bytes(data[:size])
+    (record,) = keyframes.run(config, tmp_path / f"out{n}")
+    num, problem = record["video"]["num_frames"], record["video"]["problem"]
+    if share == 1:
+      assert num == 40 and problem is None
+      continue
+    assert 0 < num < 40
+    # The last one may be half there; the others are what they were.
+    found, _ = video.read_frames(tmp_path / "moved.mp4")
+    np.testing.assert_array_equal(found[: num - 1], truth[: num - 1])
+    assert problem == (
+      f"cut short: the header says 10.00 s, {num / FPS:.2f} s can be decoded"
+    )
+  (tmp_path / "moved.mp4").write_bytes(data[:start])
+  with pytest.raises(ValueError, match=r"moved.mp4: no frame can be decoded"):
+    keyframes.run(config, tmp_path / "none")
+
+
+def test_a_divided_file_gives_the_same(
+  config, scenes, write_video, tmp_path, monkeypatch
+):
+  noise = np.random.default_rng(0).integers(-9, 9, (90, 64, 96, 3))
+  frames = np.clip(np.repeat(scenes, 3, 0)[:90] + 9 + noise, 0, 255)
+  path = write_video(tmp_path / "long.mp4", frames.astype(np.uint8), FPS)
+  config.video = str(path)
+  (whole,) = keyframes.run(config, tmp_path / "whole")
+  monkeypatch.setattr(keyframes, "_PART_FRAMES", 20)
+  config.scan.parts = 3
+  (divided,) = keyframes.run(config, tmp_path / "divided")
+  del whole["seconds"], divided["seconds"]
+  assert divided == whole
 
 
 def test_more_keyframes_than_frames(config, scenes, write_video, tmp_path):
