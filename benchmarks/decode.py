@@ -1,7 +1,7 @@
 """The keyframe command against the bare decode of the same file.
 
   python -m benchmarks.decode --videos=FOLDER [--seconds=15] [--rounds=3] \
-    [--out=FILE.json]
+    [--out=FILE.json] [--tiny]
 
 Each .mp4 file of the folder (those named by --only, or all) is made long by
 repeating its coded frames as they are (the table of samples is repeated, so
@@ -11,7 +11,8 @@ own choice of threads, the loop alone; and `command`, the whole process of
 configs/keyframes.py, with the start of Python and jax, the compiled programs in
 their cache, 16 full-size pictures, film strip and page. `inside` is the
 command's own count, without the start and the page. The last row is a folder of
-all of them, against the sum of their bare loops.
+all of them, against the sum of their bare loops. `--tiny` repeats a video twice
+and runs each once, compiling included: is all in order?
 """
 
 import os
@@ -35,6 +36,7 @@ _ONLY = flags.DEFINE_list("only", [], "names in it; none are all")
 _SECONDS = flags.DEFINE_float("seconds", 15.0, "of a bare decode, about")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "of each, in turns")
 _OUT = flags.DEFINE_string("out", "", "results as JSON")
+_TINY = flags.DEFINE_bool("tiny", False, "one short round of each: a check")
 
 
 # ------------------------------------------------------ a longer file of a file
@@ -186,9 +188,10 @@ def command(path: pathlib.Path, workdir: pathlib.Path) -> tuple[float, float]:
 
 def measure(paths: list[pathlib.Path], target: pathlib.Path, folder) -> dict:
   """Both, in turns; `target` is what the command is given."""
-  command(target, folder / "warm")  # fills the cache of compiled programs
+  if not _TINY.value:
+    command(target, folder / "warm")  # fills the cache of compiled programs
   bare_s, whole_s, inside_s = [], [], []
-  for _ in range(_ROUNDS.value):
+  for _ in range(1 if _TINY.value else _ROUNDS.value):
     loops = [bare(path) for path in paths]
     bare_s.append(sum(seconds for _, seconds in loops))
     whole, inside = command(target, folder / "out")
@@ -221,7 +224,7 @@ def main(_) -> None:
       if _ONLY.value and source.name not in _ONLY.value:
         continue
       count, once_s = bare(source)
-      times = max(1, round(_SECONDS.value / once_s))
+      times = 2 if _TINY.value else max(1, round(_SECONDS.value / once_s))
       path = folder / "in" / source.name
       repeat(source, path, times)
       found = bare(path)[0]

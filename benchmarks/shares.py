@@ -39,7 +39,8 @@ def count(config, model: model_config.VLMConfig) -> dict[str, float]:
     policies.abstract_params(config, model, mesh),
     policies.frozen_patterns(config, "rl"),
   )
-  batch, num_slots = config.rl.prompts_per_step, config.tad.num_keyframes
+  batch = config.rl.prompts_per_step
+  num_slots = config.tad.num_keyframes // config.prompt.frames_per_slice
   slots = np.full(batch, config.prompt.max_tokens)
 
   def step(*arms):

@@ -1,6 +1,6 @@
 """Memory and time of log-probabilities over a large vocabulary.
 
-  python -m benchmarks.vocab [--out=FILE.json] [--dtype=bfloat16]
+  python -m benchmarks.vocab [--out=FILE.json] [--dtype=bfloat16] [--tiny]
 
 Log-probabilities and entropies of tokens from hidden states and the head, with
 both gradients, in three forms: `plain` holds logits of all words
@@ -22,6 +22,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,36 @@ _DTYPE = flags.DEFINE_enum(
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "of the timed forms")
 _WIDTH = flags.DEFINE_integer("width", 256, "of the timed forms")
 _TOKENS = flags.DEFINE_integer("tokens", 512, "of the timed forms")
+_TINY = flags.DEFINE_bool("tiny", False, "a small vocabulary: is all in order?")
 
-WORDS = 151_936
-WIDTH = 2_048
-TOKENS = (512, 1_024, 2_048, 4_096, 8_192)
-CHUNKS = (4_748, 9_496, 18_992, 37_984)
-DEFAULT = 9_496  # what a vocab_chunk of 16,384 becomes
 BLOCKS = (4, 16)
-MATMUL = 2_048
+
+
+class Case(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    words: of the vocabulary.
+    width: of the programs whose memory is told.
+    tokens: of these programs.
+    chunks: words at once.
+    default: what `model.vocab_chunk` becomes.
+    matmul: side of the square one beside the timed forms.
+  """
+
+  words: int = 151_936
+  width: int = 2_048
+  tokens: tuple[int, ...] = (512, 1_024, 2_048, 4_096, 8_192)
+  chunks: tuple[int, ...] = (4_748, 9_496, 18_992, 37_984)
+  default: int = 9_496  # of a vocab_chunk of 16,384
+  matmul: int = 2_048
+
+
+TINY = Case(1_024, 64, (64,), (256,), 256, 128)
+
+
+def case() -> Case:
+  return TINY if _TINY.value else Case()
 
 
 def plain(hidden, table, token, banned):
@@ -69,7 +92,7 @@ def in_token_blocks(num_blocks, hidden, table, token, banned):
 def forms() -> dict[str, Callable]:
   """Name -> function of hidden, table, token and banned."""
   made = {"plain": plain}
-  for chunk in CHUNKS:
+  for chunk in case().chunks:
     made[f"words, {chunk:,} at once"] = functools.partial(
       vocabulary.token_logprobs, chunk=chunk
     )
@@ -100,9 +123,9 @@ def shapes(num_tokens: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
   """The arguments of `update` and `score`."""
   return (
     jax.ShapeDtypeStruct((num_tokens, width), _DTYPE.value),
-    jax.ShapeDtypeStruct((WORDS, width), _DTYPE.value),
+    jax.ShapeDtypeStruct((case().words, width), _DTYPE.value),
     jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
-    jax.ShapeDtypeStruct((WORDS,), bool),
+    jax.ShapeDtypeStruct((case().words,), bool),
     jax.ShapeDtypeStruct((num_tokens,), jnp.float32),
   )
 
@@ -119,15 +142,15 @@ def measure_memory() -> list[dict]:
   """Temporary bytes of every form, program and number of tokens."""
   chosen = {
     "plain": plain,
-    "words": functools.partial(vocabulary.token_logprobs, chunk=DEFAULT),
+    "words": functools.partial(vocabulary.token_logprobs, chunk=case().default),
     "tokens": functools.partial(in_token_blocks, BLOCKS[-1]),
   }
   rows = []
-  for num_tokens in TOKENS:
+  for num_tokens in case().tokens:
     row = {"tokens": num_tokens}
     for name, form in chosen.items():
       for step in (update, score):
-        made = compile_form(step, form, num_tokens, WIDTH)
+        made = compile_form(step, form, num_tokens, case().width)
         row[f"{name}_{step.__name__}_bytes"] = (
           made.memory_analysis().temp_size_in_bytes
         )
@@ -147,14 +170,14 @@ def measure_time() -> dict:
   Raises:
     AssertionError: the forms do not agree.
   """
-  num_tokens, width = _TOKENS.value, _WIDTH.value
+  num_tokens, width, words = _TOKENS.value, _WIDTH.value, case().words
   rng = np.random.default_rng(0)
   args = jax.device_put(
     (
       jnp.asarray(rng.standard_normal((num_tokens, width)), _DTYPE.value),
-      jnp.asarray(0.1 * rng.standard_normal((WORDS, width)), _DTYPE.value),
-      rng.integers(8, WORDS, num_tokens, np.int32),
-      np.arange(WORDS) < 8,
+      jnp.asarray(0.1 * rng.standard_normal((words, width)), _DTYPE.value),
+      rng.integers(8, words, num_tokens, np.int32),
+      np.arange(words) < 8,
       rng.standard_normal(num_tokens).astype(np.float32),
     )
   )
@@ -174,7 +197,7 @@ def measure_time() -> dict:
       error = jnp.max(jnp.abs(left - right)) / jnp.max(jnp.abs(right))
       assert error < tolerance, (step, name, float(error))
     del found
-  square = jnp.ones((MATMUL, MATMUL), _DTYPE.value)
+  square = jnp.ones((case().matmul, case().matmul), _DTYPE.value)
   matmul = jax.jit(jnp.matmul)
   jax.block_until_ready(matmul(square, square))
   rounds = []
@@ -183,11 +206,11 @@ def measure_time() -> dict:
     for key, program in programs.items():
       took[key] = seconds(program, *args)
     rounds.append(took)
-  peak = 2 * MATMUL**3 / min(took["matmul"] for took in rounds)
+  peak = 2 * case().matmul ** 3 / min(took["matmul"] for took in rounds)
   rows = []
   for step, name in programs:
     ratio = [took[step, "plain"] / took[step, name] for took in rounds]
-    work = (6 if step == "update" else 2) * num_tokens * WORDS * width
+    work = (6 if step == "update" else 2) * num_tokens * words * width
     best = min(took[step, name] for took in rounds)
     rows.append(
       {
@@ -217,10 +240,10 @@ def main(argv: list[str]) -> None:
   result = {
     "device": device.device_kind,
     "dtype": _DTYPE.value,
-    "words": WORDS,
+    "words": case().words,
     "memory": {
-      "width": WIDTH,
-      "chunk": DEFAULT,
+      "width": case().width,
+      "chunk": case().default,
       "token_blocks": BLOCKS[-1],
       "rows": measure_memory(),
     },
@@ -228,9 +251,9 @@ def main(argv: list[str]) -> None:
   }
   mib = 2**20
   print(
-    f"{device.device_kind}, {_DTYPE.value}, {WORDS:,} words\n\nTemporary MiB"
-    f" at width {WIDTH:,}; words: {DEFAULT:,} at once, tokens:"
-    f" {BLOCKS[-1]} blocks\n"
+    f"{device.device_kind}, {_DTYPE.value}, {case().words:,} words\n\nTemporary"
+    f" MiB at width {case().width:,}; words: {case().default:,} at once,"
+    f" tokens: {BLOCKS[-1]} blocks\n"
   )
   print("| tokens | program | plain | words | plain / words | tokens |")
   print("|---|---|---|---|---|---|")

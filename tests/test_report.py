@@ -78,9 +78,14 @@ def workdir(tmp_path):
           "kl": None,
           "time/decode_s": 0.4,
           "time/video_s": 0.5,
+          "time/update_s": 0.2,
           "rate/decode_per_s": 1234.0,
+          "rate/video_per_s": 77.0,
+          "work/decode": 0.375,
+          "work/update": 0.625,
+          "mfu/decode": 0.031,
           "mfu/step": 0.123,
-          "time/step_s": 0.7,
+          "time/step_s": 0.64,
         },
       )
       writer.write_rollouts(
@@ -176,7 +181,12 @@ def test_the_page_shows_results_probes_times_and_settings(workdir):
     "not at chance",
     "0.400 s",
     "beside the rest",
-    "1,234",
+    "1,234 tokens",
+    "77 frames",
+    "62.5%",  # of the seconds, 0.4 of 0.64; of the operations
+    "31.2%",  # 0.2 of 0.64
+    "37.5%",
+    "3.1%",
     "12.3%",
     "0.05 TFLOP/s (by hand)",
     "1:15",
@@ -186,7 +196,8 @@ def test_the_page_shows_results_probes_times_and_settings(workdir):
     "answer: 0",
   ):
     assert wanted in words, wanted
-  assert len(re.findall("image/svg", text)) == 7  # five curves, two tasks
+  # Five curves, two tasks, the shares of KF-GRPO's phases.
+  assert len(re.findall("image/svg", text)) == 8
   assert len(re.findall("image/png", text)) == 1
 
 

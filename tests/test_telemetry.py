@@ -193,6 +193,23 @@ def test_phase_timer_gives_seconds_per_step_and_starts_anew(monkeypatch):
   assert timer.collect() == {"time/step_s": 1.0}
 
 
+def test_what_is_outside_of_a_step_is_left_out(monkeypatch):
+  clock = iter([0.0, 0.0, 5.0, 5.0, 6.0, 8.0, 8.0, 9.0, 9.0])
+  monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+  timer = telemetry.PhaseTimer(telemetry.Peak(100.0, "by hand"))
+  with timer.outside():
+    pass
+  with timer("update"):
+    pass
+  timer.flops("update", 60.0)
+  timer.step()
+  metrics = timer.collect()
+  assert metrics["time/step_s"] == 3.0
+  assert metrics["share/update"] == pytest.approx(1 / 3)
+  assert metrics["mfu/step"] == pytest.approx(0.2)
+  assert timer.collect()["time/step_s"] == 1.0
+
+
 def test_utilisation_is_operations_over_the_peak(monkeypatch):
   clock = iter([0.0, 0.0, 2.0, 5.0, 5.0])
   monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
@@ -259,7 +276,10 @@ def test_updates_that_cannot_be_traced(profile):
 
 
 def test_tracer_traces_what_was_asked_for(monkeypatch, tmp_path):
-  said = []
+  said, warned = [], []
+  monkeypatch.setattr(
+    telemetry.logging, "warning", lambda text, *args: warned.append(text % args)
+  )
   monkeypatch.setattr(
     telemetry.jax.profiler,
     "start_trace",
@@ -280,6 +300,9 @@ def test_tracer_traces_what_was_asked_for(monkeypatch, tmp_path):
         tracer.step(number)
         said.append(number)
     assert said == expected
+  # The last of them came too late, and is told so once.
+  (line,) = warned
+  assert "updates 1 to 2" in line and "goes on at 3" in line
   said.clear()
   with telemetry.Tracer(None, tmp_path) as tracer:
     tracer.step(1)
@@ -301,6 +324,23 @@ def test_compile_counter_counts_after_warm_up_only():
     assert compiles.recompiles == 1 and compiles.total == 3
   double(np.ones(6, np.float32))
   assert compiles.total == 3
+
+
+def test_work_that_is_not_in_every_step_warms_up_once():
+  double = jax.jit(lambda x: x * 2)
+  with telemetry.CompileCounter() as compiles:
+    with compiles.warm_up("early"):
+      double(np.ones(3, np.float32))
+    compiles.mark_warm()
+    with compiles.warm_up("evaluate"):
+      double(np.ones(4, np.float32))
+    assert compiles.recompiles == 0
+    for name, count in (("evaluate", 1), ("early", 2)):
+      with compiles.warm_up(name):
+        double(np.ones(4 + count, np.float32))
+      assert compiles.recompiles == count
+    double(np.ones(7, np.float32))
+    assert compiles.recompiles == 3
 
 
 def test_progress_without_a_terminal_is_log_lines(caplog):

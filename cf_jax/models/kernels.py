@@ -20,7 +20,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from cf_jax.models import config
 
@@ -135,6 +135,13 @@ def _guard_lowering(context, x, *, name):
 
 
 mlir.register_lowering(_guard, _guard_lowering)
+
+
+def _guard_batching(args, axes, *, name):
+  return _guard.bind(*args, name=name), axes[0]
+
+
+batching.primitive_batchers[_guard] = _guard_batching
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -435,6 +435,7 @@ class PhaseTimer:
     self._count = collections.defaultdict(float)
     self._flops = collections.defaultdict(float)
     self._steps = 0
+    self._outside_s = 0.0
     self._begin = time.perf_counter()
 
   @contextlib.contextmanager
@@ -446,6 +447,15 @@ class PhaseTimer:
         yield
     finally:
       self._seconds[name] += time.perf_counter() - begin
+
+  @contextlib.contextmanager
+  def outside(self) -> Iterator[None]:
+    """Leaves out of the step what is no part of it; between phases only."""
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._outside_s += time.perf_counter() - begin
 
   def add(self, name: str, seconds: float) -> None:
     """Adds seconds of work that went on beside the other phases."""
@@ -468,18 +478,18 @@ class PhaseTimer:
 
     Returns:
       `time/<phase>_s` seconds per step, `time/step_s` the whole step with
-      what no phase covers, `rate/<phase>_per_s` where something was counted;
-      where operations were counted, `mfu/<phase>` the share of the peak,
-      `share/<phase>` the phase's share of the step's seconds and
-      `work/<phase>` its share of the step's operations; and `mfu/step`, all
-      operations in the whole step.
+      what no phase covers, what was `outside` left out, `rate/<phase>_per_s`
+      where something was counted; where operations were counted,
+      `mfu/<phase>` the share of the peak, `share/<phase>` the phase's share of
+      the step's seconds and `work/<phase>` its share of the step's operations;
+      and `mfu/step`, all operations in the whole step.
     """
     steps = max(self._steps, 1)
     metrics = {
       f"time/{name}_s": seconds / steps
       for name, seconds in self._seconds.items()
     }
-    whole_s = time.perf_counter() - self._begin
+    whole_s = time.perf_counter() - self._begin - self._outside_s
     metrics["time/step_s"] = whole_s / steps
     for name, amount in self._count.items():
       if self._seconds[name] > 0:
@@ -516,6 +526,7 @@ class CompileCounter:
     self.recompiles = 0
     self.names: list[str] = []
     self._warm = False
+    self._met = set()
 
   def _listen(self, event: str, _: float, **about) -> None:
     if event != _COMPILE_EVENT:
@@ -529,6 +540,21 @@ class CompileCounter:
   def mark_warm(self, warm: bool = True) -> None:
     """From here on a program is a recompile (or, with False, is not)."""
     self._warm = warm
+
+  @contextlib.contextmanager
+  def warm_up(self, name: str) -> Iterator[None]:
+    """Around work that is not in every step: its first time is a warm-up.
+
+    Args:
+      name: of the work; from its second time on, programs are recompiles.
+    """
+    warm = self._warm
+    self._warm = warm and name in self._met
+    self._met.add(name)
+    try:
+      yield
+    finally:
+      self._warm = warm
 
   def __enter__(self) -> "CompileCounter":
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -555,6 +581,7 @@ class Tracer:
     self._updates = updates
     self._folder = pathlib.Path(folder)
     self._running = False
+    self._met = False
     self._annotation = contextlib.ExitStack()
 
   def step(self, number: int) -> None:
@@ -563,6 +590,15 @@ class Tracer:
       return
     first, last = self._updates
     self._annotation.close()
+    if number > last and not self._met:
+      logging.warning(
+        "config.profile asks for updates %d to %d; the run goes on at %d, and"
+        " nothing is traced",
+        first,
+        last,
+        number,
+      )
+    self._met = True
     if self._running and number > last:
       self._stop()
     elif not self._running and first <= number <= last:

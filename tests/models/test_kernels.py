@@ -252,6 +252,26 @@ def test_what_a_kernel_cannot_serve(name, dtype, width, mask, says):
   assert "config.model.attention" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_the_check_of_the_platform_survives_vmap(name, axis):
+  """Under vmap, of gradients too; and where it passes it is the identity."""
+  guard = functools.partial(kernels._on_its_platform, name)
+  x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)))
+
+  def loss(x):
+    return jnp.sum(jnp.sin(guard(x)))
+
+  mapped = jax.vmap(jax.value_and_grad(loss), in_axes=axis)
+  with pytest.raises(ValueError, match=f"{name!r} runs on"):
+    jax.jit(mapped)(x)
+  platform = {"cudnn": "cuda", "splash": "tpu"}[name]
+  export.export(jax.jit(mapped), platforms=[platform])(x)
+  moved = jax.vmap(guard, in_axes=axis, out_axes=axis)
+  assert "attention_platform" in str(jax.make_jaxpr(moved)(x))
+  assert jax.eval_shape(moved, x).shape == x.shape
+
+
 def test_auto_is_xla_on_a_cpu():
   args = draw(S + G * C)
   ours = with_gradients(lambda *x: packed(*x, "auto"), args)

@@ -122,7 +122,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import sft, train
+from cf_jax.programs import rl_steps, sft
 from cf_jax.runtime import sharding
 from cf_jax.types import Experience, Prompt, Rollout, TrainState, View
 
@@ -159,7 +159,7 @@ settings = dict(clip_low=0.2, clip_high=0.2, aggregate="sequence_mean",
 optimizer = optax.adam(1e-2)
 
 def step(state, batch):
-  (loss, metrics), grad = jax.value_and_grad(train.grpo_loss, has_aux=True)(
+  (loss, metrics), grad = jax.value_and_grad(rl_steps.grpo_loss, has_aux=True)(
       state.params, batch, model=config, grid=(2, 2),
       banned=jnp.zeros(40, bool), loss=settings)
   new, _ = sft.apply_gradient(state, grad, metrics, optimizer)
@@ -194,12 +194,12 @@ for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
 
 # The same on four of the batch's devices, in two parts of a row each.
 def loss(params, batch, whole):
-  return train.grpo_loss(params, batch, model=config, grid=(2, 2),
+  return rl_steps.grpo_loss(params, batch, model=config, grid=(2, 2),
                          banned=jnp.zeros(40, bool), loss=settings, whole=whole)
 
 stage = experiment_lib.Stage(state, {}, shardings, {}, optimizer)
 update = sft.make_update(types.SimpleNamespace(mesh=mesh), stage, loss,
-                         micro_batches=2, largest=train.LARGEST)
+                         micro_batches=2, largest=rl_steps.LARGEST)
 parts = jax.jit(lambda batch: sharding.split_batch(batch, mesh, 2))(
     sharding.put_batch(batch, mesh))
 assert {s.data.shape for s in parts.advantage.addressable_shards} == {(2, 1, G)}
@@ -256,3 +256,59 @@ def test_batches_that_do_not_divide_name_their_settings(rows, parts):
 
 def test_put_batch_and_lengths_that_do_not_divide(with_devices):
   with_devices(8, _PUT)
+
+
+_DECODE = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from cf_jax import sampling
+from cf_jax.models import layers, vlm
+from cf_jax.runtime import sharding
+from cf_jax.types import Prompt
+from tests import conftest
+
+rng = np.random.default_rng(0)
+config = conftest.make_small_model()
+params = {"decoder": conftest.fill_params(config, rng)["decoder"]}
+B, G, C, S = 8, 2, 6, 7
+mask = np.arange(S) < rng.integers(3, S + 1, (B, 1))
+batch = (
+    Prompt(token=rng.integers(0, 40, (B, S)).astype(np.int32), mask=mask,
+           position=np.tile(np.arange(S, dtype=np.int32), (B, 3, 1)),
+           visual=np.full((B, S), -1, np.int32)),
+    np.zeros((B, 1, config.hidden_size), np.float32),
+    np.asarray(sampling.row_seeds(jax.random.key(1), jnp.arange(B))))
+banned = jnp.zeros(40, bool)
+drawing = dict(eos_id=(36, 37, 38, 39), temperature=1.0)
+sizes = dict(num_completions=G, max_tokens=C)
+expected = jax.jit(lambda params, batch: sampling.generate(
+    config, params, *batch, banned, **sizes, **drawing))(params, batch)
+ends = np.asarray(expected.mask).sum(-1)
+assert ends.min() < C == ends.max(), ends
+assert len(np.unique(np.asarray(expected.token)[:, :, 0])) > 4
+
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, context=1)
+split = jax.device_put(params, sharding.tree_shardings(
+    params, mesh, sharding.PARTITION_RULES))
+begun = jax.jit(lambda params, batch: sampling.start(
+    config, params, *batch, banned, **sizes, **drawing))(
+        split, sharding.put_batch(batch, mesh))
+assert layers.are_few(B * G)
+apart = jax.jit(functools.partial(vlm.unstacked, config, rows=B * G))(split)
+tables = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(apart)
+          if sharding.path_of(path).endswith(layers.TURNED)]
+assert len(tables) == 7 * config.num_hidden_layers
+assert not any(table.sharding.is_fully_replicated for table in tables)
+found = jax.jit(lambda params, begun: sampling.advance(
+    config, params, begun, C, banned, **drawing), donate_argnums=1)(
+        apart, begun).rollout
+assert not found.token.sharding.is_fully_replicated
+np.testing.assert_array_equal(found.token, expected.token)
+np.testing.assert_array_equal(found.mask, expected.mask)
+np.testing.assert_allclose(found.logprob, expected.logprob, atol=2e-5)
+"""
+
+
+def test_eight_devices_draw_what_one_draws(with_devices):
+  """Decoding with turned kernels, split, against the stack on one device."""
+  with_devices(8, _DECODE)
