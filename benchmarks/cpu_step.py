@@ -30,7 +30,7 @@ def measure(scan_unroll: int) -> float:
   from cf_jax.types import Prompt, Rollout, View
 
   model = model_config.make(
-    size="tiny", vocab_size=560, scan_unroll=scan_unroll
+    size="tiny", vocab_size=596, scan_unroll=scan_unroll
   )
   rng = np.random.default_rng(0)
   batch, slots, frames, length = 32, 116, 8, 10
@@ -66,7 +66,7 @@ def measure(scan_unroll: int) -> float:
         targets,
         model=model,
         grid=(4, 4),
-        banned=jnp.zeros(560, bool),
+        banned=jnp.zeros(596, bool),
       )[0]
     )
   )

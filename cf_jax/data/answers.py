@@ -49,7 +49,7 @@ CREDIT = {
 # Kinds that an LLM judges (judge.py).
 JUDGED = ("open_ended", "caption")
 # From which main score on an answer is called right, where it is not 1.
-_RIGHT_FROM = {"interval": 0.5, "tracking": 0.5, "regression": 0.5}
+RIGHT_FROM = {"interval": 0.5, "tracking": 0.5, "regression": 0.5}
 
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\)?)[.:]?")
 _NUMBER = re.compile(
@@ -492,13 +492,23 @@ def accuracy(answer: str | None, sample) -> float:
   return _score("", parsed, sample, "strict")
 
 
+def is_right(score: float, sample) -> bool:
+  """Whether a main score is that of a right answer.
+
+  Intervals and boxes are right from an IoU of 0.5 on, regressions from a
+  relative error of 0.5 down, all else where nothing is missing.
+
+  Args:
+    score: what `judge` gave the main component of the sample's kind.
+    sample: records.Sample.
+  """
+  return bool(score >= RIGHT_FROM.get(sample.kind, 1.0))
+
+
 def is_correct(
   text: str, sample, *, interval_form: IntervalForm = "strict"
 ) -> bool:
-  """Whether a completion is right.
-
-  Intervals and boxes are from an IoU of 0.5 on, regressions from a relative
-  error of 0.5 down, texts where they are the same.
+  """Whether a completion is right, as in `is_right`.
 
   Args:
     text: the completion.
@@ -509,7 +519,7 @@ def is_correct(
     ValueError: as in `accuracy`.
   """
   score = _score(text, parse_completion(text), sample, interval_form)
-  return score >= _RIGHT_FROM.get(sample.kind, 1.0)
+  return is_right(score, sample)
 
 
 def answer_tokens(

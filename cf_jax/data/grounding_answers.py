@@ -288,6 +288,6 @@ def uniform_stride(*, count: int, num_candidates: int) -> np.ndarray:
   if num_candidates < count:
     raise ValueError(
       f"cannot choose {count} of {num_candidates} candidate frames; lower"
-      " config.selector.num_frames or raise config.selector.num_candidates"
+      " config.amplify.num_frames or raise config.tad.num_keyframes"
     )
   return np.arange(count, dtype=np.int32) * (num_candidates // count)

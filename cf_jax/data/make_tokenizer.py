@@ -8,6 +8,8 @@ template that renders like Qwen2.5-VL's. Training has no randomness: the same
 words give the same files.
 """
 
+import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable
@@ -22,12 +24,16 @@ _OUT = flags.DEFINE_string(
 )
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# Qwen2.5's split. It would cut "<think>" in two, so the tags go before it.
-QWEN_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LATER_TAGS = ("<glue>", "</glue>", "<index>", "</index>")
+# Qwen2.5's split. It would cut "<think>" in two, so the tags go before it; and
+# it would take "]</" of "]</glue>" for one piece, so marks end before a tag.
+_TAG = "|".join(TAGS + LATER_TAGS)
+SPLIT = (
+  rf"{_TAG}"
+  r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  rf"| ?(?:(?!{_TAG})[^\s\p{{L}}\p{{N}}])+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLIT = "|".join(TAGS) + "|" + QWEN_SPLIT
 
 COLOURS = (
   "red",
@@ -61,6 +67,14 @@ SENTENCES = (
   "yes no none one two three four five once twice",
   "system user assistant frame frames time seconds second video image",
   "start end from to between at is was of on in not",
+)
+
+# Words that came later: their tokens follow those of `corpus`, so that a text
+# without them keeps its ids.
+LATER_WORDS = (
+  *LATER_TAGS,
+  *("What", "Where", " when", " happens", " order", "end", "_time"),
+  *("[[", "],[", "]]", "[(", "),(", ")]", '{"', '":"', '","', '"}'),
 )
 
 CHAT_TEMPLATE = """\
@@ -126,6 +140,52 @@ def train(texts: Iterable[str]) -> tokenizers.Tokenizer:
     initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
   )
   made.train_from_iterator(texts, trainer)
+  return made
+
+
+def extend(made: tokenizers.Tokenizer, words: Iterable[str]) -> None:
+  """Makes every word one token; tokens and merges so far keep their places.
+
+  Byte-pair encoding goes on where training ended: the commonest pair of pieces
+  of the words becomes a token, the first in the alphabet of equals.
+
+  Args:
+    made: from `train`; changed.
+    words: each one pre-token.
+  """
+  model = json.loads(made.to_str())["model"]
+  vocab, merges = model["vocab"], list(map(tuple, model["merges"]))
+  pieces = [
+    [token.value for token in made.model.tokenize(symbols)]
+    for word in words
+    for symbols, _ in made.pre_tokenizer.pre_tokenize_str(word)
+  ]
+  while any(len(word) > 1 for word in pieces):
+    pairs = collections.Counter(
+      pair for word in pieces for pair in itertools.pairwise(word)
+    )
+    best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+    merges.append(best)
+    vocab["".join(best)] = len(vocab)
+    pieces = [_merge(word, best) for word in pieces]
+  made.model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+  """The word with every such pair of neighbours as one piece."""
+  done = []
+  for piece in word:
+    if done and (done[-1], piece) == pair:
+      done[-1] += piece
+    else:
+      done.append(piece)
+  return done
+
+
+def make() -> tokenizers.Tokenizer:
+  """The shipped tokenizer."""
+  made = train(corpus())
+  extend(made, LATER_WORDS)
   made.add_special_tokens(
     [
       tokenizers.AddedToken(name, special=True, normalized=False)
@@ -138,7 +198,7 @@ def train(texts: Iterable[str]) -> tokenizers.Tokenizer:
 def write(out: pathlib.Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json into `out`."""
   out.mkdir(parents=True, exist_ok=True)
-  train(corpus()).save(str(out / "tokenizer.json"))
+  make().save(str(out / "tokenizer.json"))
   settings = {
     "chat_template": CHAT_TEMPLATE,
     "eos_token": "<|im_end|>",

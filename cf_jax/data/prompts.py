@@ -392,11 +392,6 @@ def option_lines(options: Sequence[str]) -> str:
   )
 
 
-def target_text(reasoning: str, answer: str) -> str:
-  """The completion that supervised training wants, without the end token."""
-  return f"<think>{reasoning}</think><answer>{answer}</answer>"
-
-
 def _media(
   tokenizer: Tokenizer,
   time_s: np.ndarray,

@@ -3,7 +3,9 @@
 Each is a ridge classifier (or a table of counts) trained on one half of the
 videos and judged on the other. On an honest set none beats chance: nothing in a
 picture tells when it was shown, and neither the question nor the times of what
-happens tell the answer.
+happens tell the answer. Of questions without options, chance is what the same
+probe reaches with what it sees of other videos (and `chance.py` says what the
+best constant answer does).
 
 Axes: `n` videos, `T` frames, `F` features; pixels are [..., height, width, 3].
 """
@@ -18,17 +20,23 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from cf_jax.data import records, synthetic
+from cf_jax.data import chance, records, synthetic, synthetic_tasks
+from cf_jax.data.synthetic_video import Spec
 
 _PAIRS = 24  # pairs of frames drawn in each video
 _RIDGE = 0.3  # penalty, as a share of the number of rows
+_FEWEST = 16  # videos of a probe
+_SHUFFLES = 8  # of what an open probe sees, to find its chance
+# Kinds whose answers are times or all over the video: what happens when is no
+# clue but the answer.
+_TIMED = ("interval", "regression", "tracking")
 
 
 class Probe(NamedTuple):
   """One probe on held-out videos.
 
   Attributes:
-    accuracy: share of right predictions.
+    accuracy: share of right predictions; of open questions the mean score.
     chance: what guessing reaches.
     half_interval: half the interval that holds for all probes of a call at
       once in 95 % of cases (Bonferroni), videos being the independent units.
@@ -39,7 +47,7 @@ class Probe(NamedTuple):
   half_interval: float
 
 
-def specs_of(samples: Sequence[records.Sample]) -> list[synthetic.Spec]:
+def specs_of(samples: Sequence[records.Sample]) -> list[Spec]:
   """The specifications of samples from `synthetic.load`."""
   found = {}
   for sample in samples:
@@ -60,7 +68,7 @@ def specs_of(samples: Sequence[records.Sample]) -> list[synthetic.Spec]:
 
 
 def shortcut_probes(
-  specs: Sequence[synthetic.Spec],
+  specs: Sequence[Spec],
   frames: np.ndarray,
   rng: np.random.Generator,
 ) -> dict[str, Probe]:
@@ -81,30 +89,47 @@ def shortcut_probes(
   few = {
     task: count
     for task, count in collections.Counter(s.task for s in specs).items()
-    if count < 16
+    if count < _FEWEST
   }
   if few:
     raise ValueError(
-      f"got {few} videos, expected at least 16 of a task; raise"
+      f"got {few} videos, expected at least {_FEWEST} of a task; raise"
       " report.probe_videos or data.synthetic.num_test"
     )
   order = rng.permutation(len(specs))
   specs = [specs[n] for n in order]
   feature = np.stack([frame_features(frames[n]) for n in order])
   train = np.arange(len(specs)) < len(specs) // 2
-  found = {
-    "which of two frames came first": _frame_order(feature, train, rng),
-    "which of two events came first": _event_order(specs, feature, train, rng),
-    "a frame's half of the video": _position(feature, train, rng),
-  }
+  found = {"which of two frames came first": _frame_order(feature, train, rng)}
+  if any(len(spec.events) > 1 for spec in specs):
+    found["which of two events came first"] = _event_order(
+      specs, feature, train, rng
+    )
+  found["a frame's half of the video"] = _position(feature, train, rng)
   for task in dict.fromkeys(spec.task for spec in specs):
     rows = [n for n, spec in enumerate(specs) if spec.task == task]
-    some = [specs[n] for n in rows]
-    half = _halves(some)
-    found[f"{task}: letter alone"] = _letter(some, half)
-    found[f"{task}: question and options"] = _content(some, half)
-    found[f"{task}: times alone"] = _times(some, half)
-    found[f"{task}: one middle frame"] = _one_frame(some, feature[rows], half)
+    # A frame inside an event is no shortcut but a part of the evidence.
+    middle = [n for n in rows if not _shows_event(specs[n])]
+    middle = middle if len(middle) >= _FEWEST else []
+    some, dull = [specs[n] for n in rows], [specs[n] for n in middle]
+    if some[0].options:
+      half = _halves(some)
+      found[f"{task}: letter alone"] = _letter(some, half)
+      found[f"{task}: question and options"] = _content(some, half)
+      found[f"{task}: times alone"] = _times(some, half)
+      if dull:
+        found[f"{task}: one middle frame"] = _one_frame(
+          dull, feature[middle], _halves(dull)
+        )
+      continue
+    if len({spec.question for spec in some}) > 1:
+      found[f"{task}: question"] = _open(some, _questions(some), rng)
+    if synthetic_tasks.TASKS[task].kind not in _TIMED:
+      found[f"{task}: times alone"] = _open(some, _event_times(some), rng)
+    if dull:
+      found[f"{task}: one middle frame"] = _open(
+        dull, _vivid(feature[middle]), rng
+      )
   # Many probes: at 95 % each, one of them would often stray by luck.
   z = statistics.NormalDist().inv_cdf(1 - 0.05 / (2 * len(found)))
   return {
@@ -209,7 +234,7 @@ def _position(feature, train, rng) -> Probe:
 
 
 def _answers(specs) -> tuple[np.ndarray, int]:
-  answer = np.array([synthetic.LETTERS.index(s.answer) for s in specs])
+  answer = np.array([synthetic_tasks.LETTERS.index(s.answer) for s in specs])
   return answer, len(specs[0].options)
 
 
@@ -259,7 +284,37 @@ def _content(specs, train) -> Probe:
 def _times(specs, train) -> Probe:
   """From the times and lengths of events, cuts and flickers."""
   answer, options = _answers(specs)
-  x = np.array(
+  x = _event_times(specs)
+  guess = _ridge(x, np.eye(options)[answer], train).argmax(axis=1)
+  rows = np.flatnonzero(~train)
+  return _score(guess[rows] == answer[rows], rows, 1 / options)
+
+
+def _one_frame(specs, feature, train) -> Probe:
+  """From the middle frame, with what each letter stands for."""
+  answer, options = _answers(specs)
+  names = sorted({option for spec in specs for option in spec.options})
+  vivid = _vivid(feature)
+  letters = np.array(
+    [[names.index(option) for option in spec.options] for spec in specs]
+  )
+  x = np.einsum("nf,nlo->nlfo", vivid, np.eye(len(names))[letters])
+  guess = _ridge(
+    x.reshape(len(specs), -1), np.eye(options)[answer], train
+  ).argmax(axis=1)
+  rows = np.flatnonzero(~train)
+  return _score(guess[rows] == answer[rows], rows, 1 / options)
+
+
+def _shows_event(spec: Spec) -> bool:
+  """Whether something happens in the middle frame."""
+  middle = spec.num_frames // 2
+  return any(event.start <= middle < event.stop for event in spec.events)
+
+
+def _event_times(specs) -> np.ndarray:
+  """float32[n, times] of what happens."""
+  return np.array(
     [
       [
         *itertools.chain.from_iterable((e.start, e.stop) for e in s.events),
@@ -274,25 +329,48 @@ def _times(specs, train) -> Probe:
     ],
     np.float32,
   )
-  guess = _ridge(x, np.eye(options)[answer], train).argmax(axis=1)
-  rows = np.flatnonzero(~train)
-  return _score(guess[rows] == answer[rows], rows, 1 / options)
 
 
-def _one_frame(specs, feature, train) -> Probe:
-  """From the middle frame, with what each letter stands for."""
-  answer, options = _answers(specs)
-  names = sorted({option for spec in specs for option in spec.options})
+def _vivid(feature: np.ndarray) -> np.ndarray:
+  """float[n, 3]: the most saturated cell of the middle frame.
+
+  It has the colour of an event, if there is one.
+  """
   middle = feature[:, feature.shape[1] // 2]
   cells = middle[:, :192].reshape(len(middle), 64, 3)
-  # The most saturated cell: the colour of an event, if there is one.
-  vivid = cells[np.arange(len(cells)), np.ptp(cells, axis=2).argmax(axis=1)]
-  letters = np.array(
-    [[names.index(option) for option in spec.options] for spec in specs]
+  return cells[np.arange(len(cells)), np.ptp(cells, axis=2).argmax(axis=1)]
+
+
+def _questions(specs) -> np.ndarray:
+  """float[n, questions]: which question is asked."""
+  texts = sorted({spec.question for spec in specs})
+  return np.eye(len(texts))[[texts.index(spec.question) for spec in specs]]
+
+
+def _open(specs, x: np.ndarray, rng: np.random.Generator) -> Probe:
+  """From `x`, the constant answer that pays best, of those `chance` tries."""
+  table = chance.score_table(
+    [synthetic_tasks.to_sample(spec, "") for spec in specs]
   )
-  x = np.einsum("nf,nlo->nlfo", vivid, np.eye(len(names))[letters])
-  guess = _ridge(
-    x.reshape(len(specs), -1), np.eye(options)[answer], train
-  ).argmax(axis=1)
-  rows = np.flatnonzero(~train)
-  return _score(guess[rows] == answer[rows], rows, 1 / options)
+  # What is balanced is so in both halves (as in `_halves`): answers, or which
+  # of the events a question about times asks for.
+  timed = synthetic_tasks.TASKS[specs[0].task].kind in _TIMED
+  factor = [str(spec.relevant) if timed else spec.answer for spec in specs]
+  question = [spec.question for spec in specs]
+  train = np.zeros(len(specs), dtype=bool)
+  order = np.lexsort((rng.random(len(specs)), factor, question))
+  train[order[::2]] = True
+
+  def earned(x):
+    guess = _ridge(x, table.T, train).argmax(axis=1)
+    return table[guess, np.arange(len(specs))][~train]
+
+  found = earned(x)
+  other = np.mean(
+    [earned(x[rng.permutation(len(x))]).mean() for _ in range(_SHUFFLES)]
+  )
+  # The spread of guessing: a probe that keeps to one answer shows too little.
+  spread = table[:, ~train].std() * (1 + 1 / _SHUFFLES) ** 0.5
+  return Probe(
+    float(found.mean()), float(other), float(spread / len(found) ** 0.5)
+  )

@@ -295,7 +295,7 @@ def test_uniform_stride():
     grounding_answers.uniform_stride(count=8, num_candidates=128),
     [0, 16, 32, 48, 64, 80, 96, 112],
   )
-  with pytest.raises(ValueError, match="config.selector.num_frames"):
+  with pytest.raises(ValueError, match="config.amplify.num_frames"):
     grounding_answers.uniform_stride(count=8, num_candidates=7)
 
 

@@ -10,9 +10,17 @@ import hypothesis
 import jinja2
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import strategies
 
-from cf_jax.data import make_tokenizer, prompts, synthetic
+from cf_jax.data import (
+  make_tokenizer,
+  prompts,
+  synthetic_specs,
+  synthetic_tasks,
+  synthetic_video,
+  targets,
+)
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 BUILD = dict(grid=(2, 2), tokens_per_second=2)
@@ -113,17 +121,61 @@ def test_text_comes_back_composed(any_tokenizer):
 
 def test_words_of_the_built_in_task_are_single_tokens(tiny):
   words = [*make_tokenizer.TAGS, "A", " B", "s", ".", "?"]
-  for colour in synthetic.PALETTE:
+  for colour in synthetic_video.PALETTE:
     words += [colour, f" {colour}"]
-  for spec in synthetic.make_specs("train", 48, seed=0, num_colours=8):
+  for spec in synthetic_specs.make_specs("train", 48, seed=0, num_colours=8):
     first, *others = spec.question.rstrip("?").split()
     words += [first, *(f" {word}" for word in others)]
   lengths = {word: len(tiny.encode(word)) for word in set(words)}
   # The one plural is the word and its ending.
   assert {word: n for word, n in lengths.items() if n > 1} == {" shapes": 2}
-  target = prompts.target_text("red blue green", "B")
-  assert target == "<think>red blue green</think><answer>B</answer>"
+  target = "<think>red blue green</think><answer>B</answer>"
   assert len(tiny.encode(target)) == 8
+
+
+def test_words_of_every_task_are_single_tokens():
+  """Whatever is asked and answered, in every form."""
+  whole = tokenizers.Tokenizer.from_file(
+    str(prompts.TINY_TOKENIZER / "tokenizer.json")
+  )
+  texts = ["<index>[3, 17, 40]</index>"]
+  for spec in synthetic_specs.make_specs(
+    "train",
+    300,
+    seed=0,
+    tasks=tuple(synthetic_tasks.TASKS),
+    num_colours=8,
+  ):
+    sample = synthetic_tasks.to_sample(spec, "")
+    texts += [
+      sample.question,
+      targets.target_text(sample),
+      targets.target_text(
+        sample, answer_form="text", interval_form="json", between="\n"
+      ),
+    ]
+  pieces = {
+    piece
+    for text in texts
+    for piece, _ in whole.pre_tokenizer.pre_tokenize_str(text)
+  }
+  several = {p for p in pieces if len(whole.model.tokenize(p)) > 1}
+  assert several == {"\u0120shapes"}  # the one plural, of the first words
+
+
+def test_later_words_leave_ids_alone(tiny):
+  """Ids as they were before there were any."""
+  text = "<think>red blue</think><answer>B</answer>"
+  assert tiny.encode(text) == [487, 429, 535, 531, 488, 33, 532]
+  text = "Which colour appears first?\nA. red\nB. blue"
+  ids = "289 304 287 452 30 198 32 13 512 198 33 13 535"
+  assert tiny.encode(text) == [*map(int, ids.split())]
+  first = make_tokenizer.train(make_tokenizer.corpus())
+  for text in make_tokenizer.corpus():
+    assert tiny.encode(text) == first.encode(text).ids
+  for word in make_tokenizer.LATER_WORDS:
+    (token,) = tiny.encode(word)
+    assert first.get_vocab_size() <= token < min(tiny.special.values())
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
