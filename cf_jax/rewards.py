@@ -318,6 +318,31 @@ def margin_bonus(
   return right * alpha * (others - view)
 
 
+def permuted_bonus(
+  bonus: jax.Array, correct: jax.Array, rng: jax.Array
+) -> jax.Array:
+  """A placebo: the bonuses of a batch, dealt anew to its correct rollouts.
+
+  Their number, their sizes and who can get one stay; what is lost is the link
+  between a bonus and how its rollout came to its answer.
+
+  Args:
+    bonus: float32[B, G]; only that of correct rollouts counts.
+    correct: bool[B, G].
+    rng: key.
+
+  Returns:
+    float32[B, G], 0 where not correct.
+  """
+  flat, right = bonus.reshape(-1), correct.reshape(-1)
+  drawn = jax.random.uniform(rng, flat.shape)
+  # Both orders put the correct ones first: one as they stand, one shuffled.
+  order = jnp.argsort(~right, stable=True)
+  shuffled = jnp.argsort(jnp.where(right, drawn, 2.0))
+  dealt = jnp.zeros_like(flat).at[order].set(flat[shuffled])
+  return jnp.where(correct, dealt.reshape(bonus.shape), 0)
+
+
 def length_bonus(
   length: jax.Array,
   correct: jax.Array,

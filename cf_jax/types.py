@@ -117,6 +117,23 @@ class Verdict:
 
 
 @flax.struct.dataclass
+class OtherView:
+  """What the contrastive loss reads: the same completions under another view.
+
+  Attributes:
+    view: View of the batch's videos; its frames are among those encoded.
+    ref_logprob: float32[B, G, C] under the frozen reference and this view.
+    answer_span: bool[B, G, C] the tokens that are compared.
+    select: bool[B, G] completions that take part.
+  """
+
+  view: View
+  ref_logprob: Array
+  answer_span: Array
+  select: Array
+
+
+@flax.struct.dataclass
 class Experience:
   """Everything one policy update reads; nothing here is recomputed in it.
 
@@ -127,20 +144,26 @@ class Experience:
   Attributes:
     view: View the completions were sampled under (ordered keyframes).
     rollout: Rollout.
-    advantage: float32[B, G].
-    ref_logprob: float32[B, G, C] under the frozen reference policy.
+    advantage: float32[B, G], or [B, G, C] for one a token.
+    ref_logprob: float32[B, G, C] under the frozen reference policy; None where
+      nothing of the loss asks for it.
     group_mask: bool[B] False for groups left out of the loss.
     pixel: float[B, K, 4P, patch] patches of the view's frames.
     encoded: float[B, K, P, D] their visual tokens.
+    old_logprob: float32[B, G, C] of the trainer at the sampled parameters,
+      where it is not taken for what the sampler said.
+    other: OtherView of the contrastive loss.
   """
 
   view: View
   rollout: Rollout
   advantage: Array
-  ref_logprob: Array
+  ref_logprob: Array | None
   group_mask: Array
   pixel: Array | None = None
   encoded: Array | None = None
+  old_logprob: Array | None = None
+  other: OtherView | None = None
 
 
 @flax.struct.dataclass

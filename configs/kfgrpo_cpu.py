@@ -74,19 +74,56 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.tad = dict(num_keyframes=8, selection="soft")
 
+  # A scorer of scanned frames that the rewards of drawn selections teach
+  # (programs/scorer.py); what it says is added to TAD's priority.
+  config.selector = dict(
+    learn=False,
+    train_policy=True,  # False: the policy is a frozen answerer, as in TSPO
+    # N: selections of each of rl.prompts_per_step prompts; an update has
+    # N times as many rows, each with sampling.num_completions completions.
+    num_selections=2,
+    temperature=1.0,  # of the draws, in standard deviations of the priority
+    tad_weight=1.0,  # of TAD's priority beside the scorer's; 0 leaves it out
+  )
+  # What a selection earns: the mean of what makes an answer right, and the
+  # share of the annotated intervals that got a keyframe. With answer=0 and
+  # train_policy=False nothing is sampled.
+  config.selector.reward = dict(answer=1.0, evidence=0.0)
+  # Of a selection among those of its prompt.
+  config.selector.advantage = dict(
+    scale="none", baseline="leave_one_out", ddof=1, eps=1e-4
+  )
+  config.selector.network = dict(
+    width=128,
+    depth=3,
+    kernel=7,
+    dilation=2,
+    dtype="float32",
+  )
+
   # -- prompts and policy
   # A Qwen2.5-VL directory to start from; "" starts from seeded noise. It says
   # what the model is: model.size is then "" and model.* says how it is run.
   config.init_from = ""
   # "tiny", a folder with tokenizer.json, or "": that of init_from
   config.tokenizer = "tiny"
-  config.prompt = dict(max_tokens=116)  # S; a longer prompt is an error
+  config.prompt = dict(
+    max_tokens=116,  # S; a longer prompt is an error
+    # 2 (= the model's temporal patch) puts neighbouring keyframes into one
+    # temporal slice, as Qwen2.5-VL does with video: half the visual tokens, and
+    # the shuffled and reversed views cost slices of their own.
+    frames_per_slice=1,
+    # Draws its number on each frame, in red, counted from 0 (ViaRL).
+    number_frames=False,
+  )
   config.prompt.build = dict(
     show_time=True,  # each keyframe is preceded by its time as text
     time_format="{:.0f}s",
     question_template="{question}{options}",
     tokens_per_second=2,  # M-RoPE time positions
   )
+  # Kind of question (data/records.py) -> its template, in place of the above.
+  config.prompt.templates = ml_collections.ConfigDict()
   config.model = dict(
     size="tiny",  # fields of models/config.py may follow
     scan_unroll=4,
@@ -102,6 +139,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # -- cold start
   config.sft = dict(
+    # A run whose newest policy takes the place of the cold start: runs that
+    # are compared can share one.
+    from_run="",
     max_steps=500,
     batch_size=32,
     # Equal parts in which a batch goes through an update, one after the other:
@@ -133,6 +173,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     steps=250,
     prompts_per_step=16,  # B
     micro_batches=1,  # as in sft; equal parts of the prompts
+    updates_per_batch=1,
+    # How advantages are made: "group" (config.advantage) or "reinforce".
+    advantage="group",
+    # Of advantage.scale "batch": how slowly the running std of a kind of
+    # question forgets; 0 takes the batch alone.
+    std_decay=0.0,
+    # Groups without spread teach nothing. Further batches that may be sampled
+    # to fill up an update with groups that have some, and whether those
+    # without are left out of the loss (with resample they always are).
+    resample=0,
+    mask_zero_spread=False,
+    overlong_filter=False,  # completions that were cut off: out of the loss
+    # Largest weight of truncated importance sampling; 0 is off.
+    importance_cap=0.0,
+    entropy_weight=0.0,
     log_every=1,
     checkpoint_every=50,
   )
@@ -143,21 +198,87 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     top_p=1.0,
     top_k=0,
   )
-  config.reward = dict(weight=dict(accuracy=1.0, format=0.2))
+  # -- reading answers (data/answers.py)
+  config.answers = dict(
+    # What completions can earn: "format", and what the kinds of the data's
+    # questions do ("accuracy", "iou", "event_recall").
+    components=("accuracy", "format"),
+    interval_form="strict",  # or "last", "json"
+    reasoning="tagged",  # "none": the answer stands alone
+    cite="time",  # keyframes are cited by "time", "frame" or "either"
+  )
+  # The LLM behind open-ended answers and captions: an OpenAI-compatible
+  # endpoint, up to and without /chat/completions. "" is none.
+  config.judge = dict(
+    url="",
+    model="",
+    key_variable="",  # environment variable that holds the key
+    cache_dir="~/.cache/cf_jax/judge",
+    timeout_s=60.0,
+    max_attempts=4,
+    backoff_s=1.0,
+    max_wait_s=30.0,
+    concurrency=8,
+    max_unreadable_fraction=0.02,
+    max_tokens=1024,
+    temperature=0.0,
+  )
+
+  # -- from answers to a reward (rewards.py)
+  config.reward = dict(
+    weight=dict(accuracy=1.0, format=0.2),
+    # Further components: name -> those that are multiplied.
+    products=ml_collections.ConfigDict(),
+    # The component "length" is 1 for low to high tokens. `bonus` above 0 pays
+    # right rollouts of such a length (Video-R1).
+    length=dict(low=320, high=512, bonus=0.0),
+    overlong=dict(weight=0.0, buffer=64),  # DAPO's soft penalty, in tokens
+    kl=dict(weight=0.0, kind="k1"),  # KL in the reward, not in the loss
+  )
   config.contrast = dict(
+    # "rollout": KF-GRPO; "threshold": T-GRPO's group rule; "margin": leave one
+    # out; "none": GRPO.
+    kind="rollout",
     num_shuffles=2,  # M permutations behind p_S
+    num_samples=4,  # completions drawn under another view, where any are
+    tau=1.0,  # nats at which the contrast of a rollout saturates
+    # Of the cited keyframes: "evidence" (annotated), "deletion",
+    # "weighted_deletion", "none".
+    saliency="evidence",
+    # Controls: "random" deals the bonuses anew, "other_prompt" takes the
+    # contrast of another prompt. "none" is the method.
+    placebo="none",
+    # Updates between looks at the accuracy of shuffled and uniform frames; 0:
+    # never.
+    watch_every=0,
+  )
+  config.contrast.rollout = dict(
     alpha_t=0.3,  # temporal bonus (shuffled view)
     alpha_c=0.3,  # content bonus (uniform view)
     gamma=0.5,  # saliency factor
-    tau=1.0,  # nats
+  )
+  config.contrast.threshold = dict(mu=0.8, bonus=0.3)  # T-GRPO
+  # The contrastive loss (ours) and its KL on the shuffled view; 0 is off.
+  config.contrastive = dict(
+    weight=0.0,
+    margin=0.0,  # nats
+    tau=1.0,
+    form="plain",  # or "stop_gradient"
+    kl_weight=0.04,
+    kl_kind="k3",
   )
   config.advantage = dict(scale="none", baseline="mean", ddof=1, eps=1e-4)
+  # REINFORCE++, where rl.advantage says so; its KL is that of reward.kl.kind.
+  config.reinforce = dict(
+    kl_weight=1e-3, discount=1.0, baseline="none", ddof=1, eps=1e-8
+  )
   config.loss = dict(
     clip_low=0.2,
     clip_high=0.2,
     aggregate="sequence_mean",
     kl_weight=0.04,
     kl_kind="k3",
+    ratio="token",  # "sequence": GSPO
   )
   config.rl.optim = dict(
     learning_rate=3e-4,
@@ -170,6 +291,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     b2=0.98,
     eps=1e-8,
     frozen=(),
+    no_decay=(r"(bias|scale)$",),
+  )
+
+  config.selector.optim = dict(
+    learning_rate=3e-3,
+    schedule="constant",
+    warmup_steps=0,
+    total_steps=config.rl.get_ref("steps"),
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    b1=0.9,
+    b2=0.98,
+    eps=1e-8,
     no_decay=(r"(bias|scale)$",),
   )
 

@@ -1,7 +1,8 @@
 """The floors of the code, and what must not be in it.
 
   programs -> runtime, views, policy, sampling, report -> models
-    -> tad, rewards, grpo, vocabulary | data, evals -> types, masked
+    -> tad, descriptor, rewards, grpo, vocabulary | data, evals
+    -> types, masked, windows
 
 A module imports only from floors below its own; inside a floor there are no
 circles, and in `models` and `data` the order below holds.
@@ -20,8 +21,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "cf_jax"
 
 FLOORS = (
-  ("types", "masked"),
-  ("tad", "selectors", "rewards", "grpo", "vocabulary", "data.", "evals."),
+  ("types", "masked", "windows"),
+  (
+    "tad",
+    "descriptor",
+    "selectors",
+    "rewards",
+    "grpo",
+    "vocabulary",
+    "data.",
+    "evals.",
+  ),
   ("models.", "runtime.sharding"),  # parameters and where they lie
   ("policy", "sampling", "views", "runtime.", "report"),
   ("programs.",),
@@ -58,12 +68,14 @@ ORDER = {
 }
 MATH = (
   "tad",
+  "descriptor",
   "selectors",
   "rewards",
   "grpo",
   "vocabulary",
   "types",
   "masked",
+  "windows",
 )
 MATH_IMPORTS = {
   "jax",
@@ -174,7 +186,13 @@ def test_host_code_makes_no_jax_arrays(name):
 def test_math_needs_jax_only(name):
   used = {module.split(".")[0] for module, _ in imports(MODULES[name])}
   assert used <= MATH_IMPORTS
-  assert own_imports(MODULES[name]) <= {"types", "masked", "tad", "grpo"}
+  assert own_imports(MODULES[name]) <= {
+    "types",
+    "masked",
+    "windows",
+    "tad",
+    "grpo",
+  }
 
 
 def test_linen_is_used_in_models_only():

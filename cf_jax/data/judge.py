@@ -65,7 +65,7 @@ _RETRIED = (408, 409, 425, 429)  # and all from 500 on
 _MAX_REPLY_BYTES = 256 * 1024
 
 
-class JudgeError(RuntimeError):
+class JudgeError(OSError):
   """The endpoint does not give usable replies; the message names it."""
 
 

@@ -45,6 +45,20 @@ def wilson(right: int, count: int, *, z: float = 1.959964) -> Accuracy:
   )
 
 
+def relative_accuracy(score: float) -> float:
+  """Mean relative accuracy of one number, as VSI-Bench counts it.
+
+  The share of the ten limits 0.50, 0.55, ..., 0.95 for which the relative error
+  is below one minus the limit (arXiv 2412.14171).
+
+  Args:
+    score: 1 less the relative error, at least 0.
+  """
+  limits = 0.5 + 0.05 * np.arange(10)
+  # A score of exactly a limit is an error that is not below: not counted.
+  return float(np.mean(score > limits + 1e-9))
+
+
 def by_task(correct: np.ndarray, tasks: Sequence[str]) -> dict[str, Accuracy]:
   """Accuracy of each task, and of `all` together.
 

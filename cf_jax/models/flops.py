@@ -135,12 +135,14 @@ def grpo_step(
   num_shown: int,
   prompt: dict[str, np.ndarray],
   completion: np.ndarray,
+  uses_reference: bool = True,
 ) -> dict[str, float]:
-  """Each phase of one KF-GRPO step.
+  """Each phase of one reinforcement step.
 
   Args:
     config: the model.
-    trained: parameters that have a gradient; of the tower any, or none.
+    trained: parameters that have a gradient; of the tower any, or none. Without
+      any there is no update.
     frozen: the others.
     grid: (height, width) of a frame in patches.
     num_frames: frames of all views of all videos, each encoded once.
@@ -148,6 +150,7 @@ def grpo_step(
     prompt: int[B] real slots of each arm; completions are sampled under
       "keyframes" and scored under the others.
     completion: int[B, G] tokens, end tokens included.
+    uses_reference: whether the frozen reference scores them.
 
   Returns:
     Operations of `vision`, `prefill`, `decode`, `score`, `reference`, `update`.
@@ -165,8 +168,10 @@ def grpo_step(
     "prefill": read["keyframes"],
     "decode": told["keyframes"],
     "score": sum(read[arm] + told[arm] for arm in prompt if arm != "keyframes"),
-    "reference": again + decoder,
-    "update": update(trained, frozen, vision=again, decoder=decoder),
+    "reference": again + decoder if uses_reference else 0.0,
+    "update": update(trained, frozen, vision=again, decoder=decoder)
+    if trained
+    else 0.0,
   }
 
 

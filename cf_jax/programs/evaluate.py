@@ -3,7 +3,7 @@
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 
 from cf_jax import report
 from cf_jax.data import answers, pipeline, records, shortcuts
-from cf_jax.evals import accuracy
+from cf_jax.evals import accuracy, keyframes
 from cf_jax.programs import experiment as experiment_lib
+from cf_jax.programs import verdicts
 from cf_jax.runtime import telemetry
-from cf_jax.views import Prepared
+from cf_jax.views import Prepared, Selected
 
 
 class Judged(NamedTuple):
@@ -23,10 +24,13 @@ class Judged(NamedTuple):
   Attributes:
     correct: bool[n].
     text: the n completions.
+    score: float32[n] what the answer earns in the main component of its kind
+      (accuracy, IoU, share of events): `correct` is this from a limit on.
   """
 
   correct: np.ndarray
   text: list[str]
+  score: np.ndarray
 
 
 class Evaluator:
@@ -60,7 +64,17 @@ class Evaluator:
       experiment, num_completions=1, max_tokens=max_tokens, temperature=0.0
     )
     self._encode = experiment_lib.make_encode_step(experiment)
+    self._judge = verdicts.make_judge(experiment)
     self._prepared: list[tuple[Prepared, int]] = []
+    self._select = None
+
+  def select_by(self, select: Callable[[pipeline.Batch], Selected]) -> None:
+    """From now on the videos are prepared with other keyframes.
+
+    Args:
+      select: batch -> Keyframes and uniform frames, as numpy arrays.
+    """
+    self._select, self._prepared = select, []
 
   def prepare(self) -> None:
     """Scans and decodes the videos; later calls reuse it."""
@@ -79,9 +93,11 @@ class Evaluator:
           scan_frames=settings["scan_frames"],
           scan_size_px=settings["scan_size_px"],
         )
-        self._prepared.append(
-          (self._experiment.make_views(batch, self._arms), real)
+        selected = self._select(batch) if self._select else None
+        prepared = self._experiment.make_views(
+          batch, self._arms, selected=selected
         )
+        self._prepared.append((prepared, real))
         bar.advance(real)
 
   def run(
@@ -111,16 +127,43 @@ class Evaluator:
         text = experiment_lib.decode_rollout(
           self._experiment.tokenizer, rollout.token, rollout.mask
         )
-        correct, texts = found[arm]
-        for row, sample in zip(
-          text[:real], prepared.batch.samples[:real], strict=True
-        ):
-          texts.append(row[0])
-          correct.append(answers.is_correct(row[0], sample))
+        scores, texts = found[arm]
+        texts += [row[0] for row in text[:real]]
+        verdict = self._judge(prepared, rollout.token, rollout.mask)
+        scores += list(verdicts.main_score(verdict)[:real, 0])
       bar.advance(real)
     return {
-      arm: Judged(np.asarray(correct, dtype=bool), texts)
-      for arm, (correct, texts) in found.items()
+      arm: Judged(
+        correct=np.asarray(
+          [
+            answers.is_right(score, sample)
+            for score, sample in zip(scores, self._samples, strict=True)
+          ],
+          dtype=bool,
+        ),
+        text=texts,
+        score=np.asarray(scores, np.float32),
+      )
+      for arm, (scores, texts) in found.items()
+    }
+
+  def hit_rates(self) -> dict[str, float]:
+    """Share of the annotated intervals that got a frame, by kind of frames.
+
+    Empty where nothing is annotated.
+    """
+    self.prepare()
+    found = {"keyframes": [], "uniform": []}
+    for prepared, real in self._prepared:
+      evidence = [s.evidence for s in prepared.batch.samples[:real]]
+      num_keyframes = prepared.keyframes.index.shape[1]
+      for name, first in (("keyframes", 0), ("uniform", num_keyframes)):
+        seconds = prepared.frame_time_s[:real, first : first + num_keyframes]
+        found[name].append(keyframes.evidence_hits(evidence, seconds))
+    return {
+      name: float(sum(hits.sum() for hits, _ in parts) / count)
+      for name, parts in found.items()
+      if (count := sum(count.sum() for _, count in parts))
     }
 
   def write_predictions(
@@ -142,6 +185,7 @@ class Evaluator:
           "view": arm,
           "completion": answered.text[n],
           "correct": bool(answered.correct[n]),
+          "score": round(float(answered.score[n]), 6),
         },
         ensure_ascii=False,
       )
@@ -165,20 +209,20 @@ class Evaluator:
       by_task.setdefault(sample.task, []).append(n)
     turns = itertools.zip_longest(*(by_task[task] for task in sorted(by_task)))
     chosen = [n for turn in turns for n in turn if n is not None][:count]
-    num_slots = prepared.keyframes.index.shape[1]
+    num_keyframes = prepared.keyframes.index.shape[1]
     for place, n in enumerate(chosen):
       sample, batch = prepared.batch.samples[n], prepared.batch
       seen = batch.scan_mask[n]
-      keyframe = prepared.frame_mask[n, :num_slots]
-      uniform = prepared.frame_mask[n, num_slots:]
+      keyframe = prepared.frame_mask[n, :num_keyframes]
+      uniform = prepared.frame_mask[n, num_keyframes:]
       seconds = prepared.frame_time_s[n]
       shown = prepared.frames[n]
       report.film_strip(
         workdir / report.STRIPS_FOLDER / f"{place:02d}_{sample.task}.png",
-        uniform_frames=shown[num_slots : 2 * num_slots][uniform],
-        uniform_s=seconds[num_slots:][uniform],
-        tad_frames=shown[:num_slots][keyframe],
-        tad_s=seconds[:num_slots][keyframe],
+        uniform_frames=shown[num_keyframes : 2 * num_keyframes][uniform],
+        uniform_s=seconds[num_keyframes:][uniform],
+        tad_frames=shown[:num_keyframes][keyframe],
+        tad_s=seconds[:num_keyframes][keyframe],
         score=prepared.keyframes.variation[n][seen],
         time_s=batch.scan_time_s[n][seen],
         apex=prepared.keyframes.apex[n][seen],
@@ -192,25 +236,39 @@ class Evaluator:
       )
 
   def rows(self, judged: dict[str, Judged], stage: str) -> list[dict]:
-    """Rows of `results.json`: stage, view, task, accuracy and interval."""
+    """Rows of `results.json`: stage, view, task, accuracy and interval.
+
+    `score` is the mean score: of intervals and boxes the mean IoU, of which
+    `recall` is the share from 0.3, 0.5 and 0.7 on. Regressions have `mra`, the
+    mean relative accuracy.
+    """
     tasks = [sample.task for sample in self._samples]
     return [
-      {"stage": stage, "view": arm, "task": task, **score._asdict()}
+      {"stage": stage, "view": arm, "task": task, **share._asdict()}
+      | self._more(answered, task)
       for arm, answered in judged.items()
-      for task, score in accuracy.by_task(answered.correct, tasks).items()
+      for task, share in accuracy.by_task(answered.correct, tasks).items()
     ]
 
-
-def chance(samples: Sequence[records.Sample]) -> dict[str, float]:
-  """Expected accuracy of a guess, per task and over `all`."""
-  each = {}
-  for sample in samples:
-    share = 1 / len(sample.options) if sample.options else 0.0
-    each.setdefault(sample.task, []).append(share)
-  pooled = [share for shares in each.values() for share in shares]
-  return {
-    task: float(np.mean(shares)) for task, shares in sorted(each.items())
-  } | {"all": float(np.mean(pooled))}
+  def _more(self, answered: Judged, task: str) -> dict:
+    """What a row says beside the accuracy."""
+    mine = [
+      n
+      for n, sample in enumerate(self._samples)
+      if task in ("all", sample.task)
+    ]
+    kinds = {self._samples[n].kind for n in mine}
+    made = {"score": float(np.mean(answered.score[mine]))}
+    if kinds <= {"interval", "tracking"}:
+      made["recall"] = {
+        str(limit): float(np.mean(answered.score[mine] >= limit))
+        for limit in (0.3, 0.5, 0.7)
+      }
+    if kinds == {"regression"}:
+      made["mra"] = float(
+        np.mean([accuracy.relative_accuracy(answered.score[n]) for n in mine])
+      )
+    return made
 
 
 def probes(

@@ -5,6 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
@@ -47,8 +48,11 @@ def make_paths_absolute(config: ml_collections.ConfigDict) -> None:
   """Puts absolute paths into a config, so that a run finds them from anywhere.
 
   Args:
-    config: a run's, changed in place: `init_from` and `tokenizer`.
+    config: a run's, changed in place: `init_from`, `sft.from_run` and
+      `tokenizer`.
   """
+  if config.sft.from_run:
+    config.sft.from_run = str(pathlib.Path(config.sft.from_run).absolute())
   if config.init_from:
     config.init_from = str(pathlib.Path(config.init_from).absolute())
   if config.tokenizer not in ("", "tiny"):
@@ -280,6 +284,37 @@ def load_policy(
     return _load_run(folder, config, model, tokenizer, mesh, dtype)
   model, params = hf_weights.load_hf(folder, mesh, dtype=dtype)
   return Policy(model, params, tokenizer, folder, str(folder))
+
+
+def load_start(
+  config: ml_collections.ConfigDict,
+  model: model_config.VLMConfig,
+  mesh: jax.sharding.Mesh,
+) -> dict:
+  """Parameters of another run, from which this one is to go on.
+
+  Args:
+    config: of this run; reads `sft.from_run`.
+    model: shape of this run's policy.
+    mesh: where the parameters go.
+
+  Raises:
+    ValueError: no run, or one of another policy.
+  """
+  path = config.sft.from_run
+  if not is_run(path):
+    raise ValueError(
+      f"config.sft.from_run: {path} is no run's workdir (it has no"
+      f" {telemetry.MANIFEST_FILE})"
+    )
+  found = load_policy(path, mesh)
+  shapes = abstract_params(config, model, mesh)
+  if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, found.params):
+    raise ValueError(
+      f"config.sft.from_run: {path} holds a policy of other shapes; give a run"
+      " with this run's config.model, config.tokenizer and config.lora"
+    )
+  return found.params
 
 
 def load_vision(

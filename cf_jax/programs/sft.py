@@ -5,9 +5,8 @@ The loss is the mean negative log-likelihood of the target's tokens (reasoning,
 answer and end token); prompt tokens carry no loss.
 """
 
-import string
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,12 @@ import optax
 from absl import logging
 
 from cf_jax import masked, policy
-from cf_jax.data import answers, prompts, records
-from cf_jax.models import flops
-from cf_jax.programs import evaluate, policies
+from cf_jax.data import targets
+from cf_jax.programs import evaluate, policies, work
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
 from cf_jax.types import Rollout, TrainState, View
+from cf_jax.views import Prepared
 
 
 class Targets(NamedTuple):
@@ -36,63 +35,6 @@ class Targets(NamedTuple):
   view: View
   pixel: jax.Array
   target: Rollout
-
-
-def target_rollout(
-  tokenizer: prompts.Tokenizer,
-  samples: list[records.Sample],
-  max_tokens: int,
-  *,
-  answer_form: Literal["letter", "text"],
-) -> Rollout:
-  """The wanted completion of each sample as a Rollout with G = 1.
-
-  Args:
-    tokenizer: from `prompts.load_tokenizer`.
-    samples: B samples.
-    max_tokens: C.
-    answer_form: what stands between the answer tags of a multiple choice
-      question: the letter of the right option, or its text.
-
-  Raises:
-    ValueError: a target longer than `max_tokens` (it is never cut), or an
-      unknown form.
-  """
-  if answer_form not in ("letter", "text"):
-    raise ValueError(
-      f"answer_form must be 'letter' or 'text', got {answer_form!r}; change"
-      " config.sft.answer_form"
-    )
-  shape = (len(samples), 1, max_tokens)
-  token = np.full(shape, tokenizer.eos_id, dtype=np.int32)
-  mask = np.zeros(shape, dtype=bool)
-  for row, sample in enumerate(samples):
-    answer = sample.answer
-    if answer_form == "text" and sample.kind == "multiple_choice":
-      answer = sample.options[string.ascii_uppercase.index(answer)]
-    text = prompts.target_text(sample.reasoning, answer)
-    read = answers.parse_completion(text).answer
-    chosen = sample.kind == "multiple_choice"
-    if chosen and answers.accuracy(read, sample) != 1:
-      raise ValueError(
-        f"the target of sample {sample.id!r}, {text!r}, would be read as a"
-        " wrong answer; change the sample, or config.sft.answer_form"
-      )
-    ids = tokenizer.encode(text)
-    ids.append(tokenizer.eos_id)
-    if len(ids) > max_tokens:
-      raise ValueError(
-        f"the target of sample {sample.id!r} has {len(ids)} tokens, the limit"
-        f" is {max_tokens}; raise config.sampling.max_tokens"
-      )
-    token[row, 0, : len(ids)] = ids
-    mask[row, 0, : len(ids)] = True
-  return Rollout(
-    token=token,
-    mask=mask,
-    logprob=np.zeros(shape, np.float32),
-    finished=np.ones(shape[:2], dtype=bool),
-  )
 
 
 def sft_loss(
@@ -209,37 +151,6 @@ def make_update(
   )
 
 
-def count_update(
-  timer: telemetry.PhaseTimer,
-  experiment: experiment_lib.Experiment,
-  stage: experiment_lib.Stage,
-  view: View,
-  mask: np.ndarray,
-) -> None:
-  """Tells the timer the tokens and the operations of one update.
-
-  Args:
-    timer: of the loop.
-    experiment: from `experiment.build`.
-    stage: says what is trained.
-    view: what was shown, as numpy arrays.
-    mask: bool[B, G, C] the completions.
-  """
-  prompt, completion = view.prompt.mask.sum(axis=1), mask.sum(axis=2)
-  model = experiment.model
-  timer.count("update", int(prompt.sum() + completion.sum()))
-  timer.flops(
-    "update",
-    flops.update(
-      stage.state.params,
-      stage.frozen,
-      vision=flops.vision(model, view.frame.size, experiment.grid),
-      decoder=flops.prompts(model, prompt)
-      + flops.completions(model, prompt, completion),
-    ),
-  )
-
-
 def accumulate(
   differentiate: Callable[[Any], tuple[tuple[jax.Array, dict], Any]],
   zeros: Any,
@@ -304,6 +215,8 @@ def cold_start(
   judge: evaluate.Evaluator,
   writer: telemetry.MetricWriter,
   store: checkpoint.Checkpoints,
+  *,
+  make_target: Callable[[Prepared], Rollout] | None = None,
 ) -> dict:
   """Trains until dev accuracy reaches `sft.stop_accuracy`, or `max_steps`.
 
@@ -313,6 +226,8 @@ def cold_start(
     judge: answers the dev split under the keyframes view.
     writer: where metrics go.
     store: the stage's checkpoints; an unfinished stage goes on from there.
+    make_target: a batch's wanted completions, G = 1; None: the answers of its
+      samples.
 
   Returns:
     All parameters: where the reinforcement stage starts, and its anchor.
@@ -333,12 +248,25 @@ def cold_start(
       logging.info("cold start: done at update %d", first)
       return optim.join(frozen, state.params)
     logging.info("cold start: continues at update %d", first)
-  target_rollout(  # a target that does not fit shows before training
-    experiment.tokenizer,
-    experiment.samples["train"],
-    experiment.config.sampling.max_tokens,
-    answer_form=config.answer_form,
-  )
+  settings = experiment.config
+
+  def wanted(samples):
+    return targets.target_rollout(
+      experiment.tokenizer,
+      samples,
+      settings.sampling.max_tokens,
+      reasoning=settings.answers.reasoning,
+      answer_form=config.answer_form,
+      interval_form=settings.answers.interval_form,
+    )
+
+  if make_target is None:
+    # A target that does not fit shows before training.
+    wanted(experiment.samples["train"])
+
+    def make_target(prepared):
+      return wanted(prepared.batch.samples)
+
   sft_step = make_sft_step(experiment, stage)
   timer = telemetry.PhaseTimer(experiment.peak)
 
@@ -351,6 +279,7 @@ def cold_start(
       first=first,
       loader_state=loader_state,
     ) as stream,
+    telemetry.CompileCounter() as compiles,
     telemetry.progress(
       "cold start", config.max_steps, start=first, unit="update"
     ) as bar,
@@ -360,22 +289,17 @@ def cold_start(
         prepared, loader_state = next(stream)
         timer.add("video", stream.prepare_s)
         view = prepared.view["keyframes"]
-        targets = Targets(
+        batch = Targets(
           view=view,
           pixel=experiment.make_views.patches(
             experiment_lib.shown_frames(prepared)
           ),
-          target=target_rollout(
-            experiment.tokenizer,
-            prepared.batch.samples,
-            experiment.config.sampling.max_tokens,
-            answer_form=config.answer_form,
-          ),
+          target=make_target(prepared),
         )
       with timer("update"):
-        state, metrics = sft_step(state, frozen, experiment.put(targets))
+        state, metrics = sft_step(state, frozen, experiment.put(batch))
         metrics = jax.device_get(metrics)
-      count_update(timer, experiment, stage, view, targets.target.mask)
+      work.count_update(timer, experiment, stage, prepared, batch.target.mask)
       if metrics["nonfinite"]:
         raise FloatingPointError(
           f"cold start: non-finite gradient at update {step}; lower"
@@ -383,9 +307,11 @@ def cold_start(
         )
       timer.step()
       bar.advance(loss=float(metrics["loss"]))
+      if step == first + 1:
+        compiles.mark_warm()
       done = step == config.max_steps
       if step % config.eval_every == 0 or done:
-        with timer("evaluate"):
+        with timer("evaluate"), compiles.warm_up("evaluate"):
           judged = judge.run(optim.join(frozen, state.params))["keyframes"]
         metrics["dev_accuracy"] = float(np.mean(judged.correct))
         done = done or metrics["dev_accuracy"] >= config.stop_accuracy
@@ -400,7 +326,10 @@ def cold_start(
         "sft",
         metrics
         | timer.collect()
-        | {"data/skipped_total": len(loader_state["skipped"])},
+        | {
+          "data/skipped_total": len(loader_state["skipped"]),
+          "recompiles": compiles.recompiles,
+        },
       )
       if done or step % config.checkpoint_every == 0:
         writer.flush()

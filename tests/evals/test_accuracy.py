@@ -32,6 +32,14 @@ def test_the_share_lies_inside_its_interval():
       assert 0 <= found.low <= found.accuracy <= found.high <= 1
 
 
+@pytest.mark.parametrize(
+  ("error", "expected"), [(0.0, 1.0), (0.12, 0.8), (0.5, 0.0), (0.49, 0.1)]
+)
+def test_relative_accuracy(error, expected):
+  """An error of 0.12 is below 1 - limit for .50 to .85: 8 of ten limits."""
+  assert accuracy.relative_accuracy(1 - error) == pytest.approx(expected)
+
+
 def test_intervals_shrink_and_follow_z():
   wide, narrow = accuracy.wilson(50, 100), accuracy.wilson(500, 1000)
   assert narrow.high - narrow.low < wide.high - wide.low

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cf_jax.data import answers, prompts
+from cf_jax.data import prompts
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, lora
-from cf_jax.programs import experiment, export, policies, train
+from cf_jax.programs import experiment, export, policies, train, verdicts
 from cf_jax.runtime import checkpoint, optim, sharding
 from tests.conftest import SMALLEST, init_params, load_config, shrink
 
@@ -57,15 +57,20 @@ def run(base, cache_dir, tmp_path_factory):
   """A finished run of two updates; every other completion is called right."""
   workdir = tmp_path_factory.mktemp("lora") / "run"
 
-  def judge(*args, judge=answers.judge, **settings):
-    found = judge(*args, **settings)
-    right = (args[2] * args[3]).sum(axis=-1) % 2
-    return found._replace(
-      component=found.component | {"accuracy": right.astype(np.float32)}
-    )
+  def make_judge(experiment, make_judge=verdicts.make_judge):
+    judge = make_judge(experiment)
+
+    def read(prepared, token, mask):
+      found = judge(prepared, token, mask)
+      right = (token * mask).sum(axis=-1) % 2
+      return found.replace(
+        component=found.component | {"accuracy": right.astype(np.float32)}
+      )
+
+    return read
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(answers, "judge", judge)
+    patch.setattr(verdicts, "make_judge", make_judge)
     train.run(_config(base, cache_dir).lock(), workdir)
   return workdir
 
@@ -361,3 +366,23 @@ def test_prompts_and_model_count_time_alike(base, cache_dir):
   tower = dataclasses.replace(model.vision, tokens_per_second=25)
   with pytest.raises(ValueError, match="tokens_per_second is 2, .* counts 25"):
     experiment.check_prompt(config, dataclasses.replace(model, vision=tower))
+
+
+def test_a_run_goes_on_from_another_runs_policy(run, base, cache_dir, mesh):
+  config = _config(base, cache_dir)
+  config.sft.from_run = str(run)
+  tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
+  model = policies.make_model(config, tokenizer)
+  started = policies.load_start(config, model, mesh)
+  whole = policies.load_policy(str(run), mesh).params
+  _assert_equal(started, whole, rtol=0, atol=0)
+  # Two updates have moved it from where that run itself began.
+  begun = policies.initial_params(config, model, mesh)
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), started, begun)
+  assert any(jax.tree.leaves(moved))
+  config.lora.rank = 3
+  with pytest.raises(ValueError, match="policy of other shapes"):
+    policies.load_start(config, model, mesh)
+  config.sft.from_run = str(base)
+  with pytest.raises(ValueError, match="no run's workdir"):
+    policies.load_start(config, model, mesh)

@@ -7,96 +7,9 @@ import optax
 import pytest
 
 from cf_jax import policy
-from cf_jax.data import answers, prompts, records, synthetic
-from cf_jax.programs import sft, train
+from cf_jax.programs import rl_steps, sft
 from cf_jax.runtime import sharding
 from cf_jax.types import Experience, Rollout, TrainState
-
-
-@pytest.fixture(scope="module")
-def tiny():
-  return prompts.load_tokenizer("tiny")
-
-
-def _sample(**changes):
-  fields = dict(
-    id="a",
-    video="a.mp4",
-    question="Which colour appears first?",
-    options=("red", "green", "blue"),
-    answer="B",
-    reasoning="green red",
-  )
-  return records.Sample(**(fields | changes))
-
-
-def _targets(tokenizer, samples, max_tokens=24, answer_form="letter"):
-  return sft.target_rollout(
-    tokenizer, samples, max_tokens, answer_form=answer_form
-  )
-
-
-@pytest.mark.parametrize(
-  ("answer_form", "said"), [("letter", "B"), ("text", "green")]
-)
-def test_targets_are_read_back_as_right(tiny, answer_form, said):
-  samples = [
-    _sample(),
-    _sample(id="b", reasoning=""),
-    _sample(options=(), answer="grass", kind="free_form"),
-  ]
-  target = _targets(tiny, samples, answer_form=answer_form)
-  assert target.token.shape == (3, 1, 24) and target.finished.all()
-  assert target.mask.dtype == bool and target.token.dtype == np.int32
-  for row, (sample, answer) in enumerate(zip(samples, (said, said, "grass"))):
-    real = target.token[row, 0][target.mask[row, 0]]
-    assert real[-1] == tiny.eos_id and tiny.eos_id not in real[:-1]
-    text = tiny.decode(real[:-1])
-    assert text == prompts.target_text(sample.reasoning, answer)
-    assert answers.is_correct(text, sample)
-    assert np.all(np.diff(target.mask[row, 0].astype(int)) <= 0)
-  assert np.all(target.token[~target.mask] == tiny.eos_id)
-
-
-@pytest.mark.parametrize("answer_form", ["letter", "text"])
-def test_targets_of_the_built_in_set_are_right(tiny, answer_form):
-  samples = [
-    _sample(
-      id=spec.id,
-      question=spec.question,
-      options=spec.options,
-      answer=spec.answer,
-      reasoning=spec.reasoning,
-    )
-    for spec in synthetic.make_specs("train", 48, seed=0)
-  ]
-  target = _targets(tiny, samples, answer_form=answer_form)
-  for row, sample in enumerate(samples):
-    real = target.token[row, 0][target.mask[row, 0]]
-    parsed = answers.parse_completion(tiny.decode(real[:-1]))
-    assert parsed.well_formed and parsed.reasoning == sample.reasoning
-    assert answers.accuracy(parsed.answer, sample) == 1
-
-
-def test_an_unknown_form_of_answers_names_its_setting(tiny):
-  with pytest.raises(ValueError, match=r"'number'.*config\.sft\.answer_form"):
-    _targets(tiny, [_sample()], answer_form="number")
-
-
-def test_a_target_is_never_cut(tiny):
-  long = _sample(id="long-one", reasoning="red " * 40)
-  with pytest.raises(
-    ValueError, match="'long-one' has .* limit is 24.*sampling.max_tokens"
-  ):
-    _targets(tiny, [_sample(), long])
-
-
-def test_a_target_may_fill_every_slot(tiny):
-  count = int(_targets(tiny, [_sample()], max_tokens=64).mask.sum())
-  full = _targets(tiny, [_sample()], max_tokens=count)
-  assert full.mask.all() and full.token[0, 0, -1] == tiny.eos_id
-  with pytest.raises(ValueError, match=f"limit is {count - 1}"):
-    _targets(tiny, [_sample()], max_tokens=count - 1)
 
 
 def test_loss_is_over_the_targets_tokens(scene):
@@ -202,7 +115,7 @@ def test_micro_batches_of_grpo_add_up(scene, aggregate, ratio):
   )
 
   def loss(params, batch, whole):
-    return train.grpo_loss(
+    return rl_steps.grpo_loss(
       params,
       batch,
       model=scene.config,
@@ -219,7 +132,7 @@ def test_micro_batches_of_grpo_add_up(scene, aggregate, ratio):
       whole=whole,
     )
 
-  _assert_parts_add_up(loss, scene.params, batch, train.LARGEST)
+  _assert_parts_add_up(loss, scene.params, batch, rl_steps.LARGEST)
 
 
 def test_micro_batches_of_the_cold_start_add_up(scene):

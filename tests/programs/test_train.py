@@ -15,8 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cf_jax.data import answers
-from cf_jax.programs import evaluate, train
+from cf_jax.programs import evaluate, reinforce, train, verdicts
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.runtime import checkpoint, telemetry
 from tests.conftest import ROOT, init_params, load_config, shrink
@@ -47,19 +46,23 @@ def _config(cache_dir):
   return config.lock()
 
 
-def _judge(*args, judge=answers.judge, **settings):
+def _make_judge(experiment, make_judge=verdicts.make_judge):
   """Calls every other completion right, and its first token the answer.
 
   So small a policy never is, and without a reward no update would follow.
   """
-  found = judge(*args, **settings)
-  token, mask = args[2:]
-  right = (token * mask).sum(axis=-1) % 2
-  span = np.arange(token.shape[-1]) == 0
-  return found._replace(
-    component=found.component | {"accuracy": right.astype(np.float32)},
-    answer_span=mask & span,
-  )
+  judge = make_judge(experiment)
+
+  def read(prepared, token, mask):
+    found = judge(prepared, token, mask)
+    right = (token * mask).sum(axis=-1) % 2
+    span = np.arange(token.shape[-1]) == 0
+    return found.replace(
+      component=found.component | {"accuracy": right.astype(np.float32)},
+      answer_span=mask & span,
+    )
+
+  return read
 
 
 def _paths(config, prefix=""):
@@ -89,7 +92,7 @@ def straight(cache_dir, tmp_path_factory):
     # The comparison and the manifest read everything and use nothing.
     patch.setattr(train, "check_same_config", lambda config, workdir: None)
     patch.setattr(ml_collections.ConfigDict, "__getitem__", record)
-    patch.setattr(answers, "judge", _judge)
+    patch.setattr(verdicts, "make_judge", _make_judge)
     patch.setattr(
       ml_collections.ConfigDict,
       "to_dict",
@@ -140,17 +143,25 @@ def test_metrics_have_no_holes_and_no_doubles(workdir):
       assert name == "stage" or np.isfinite(value), (name, value)
     assert row["loss"] is not None and row["grad_norm"] > 0
     assert row["nonfinite"] == 0 and row["data/skipped_total"] == 0
+    assert row["recompiles"] == 0
+    assert row["rate/video_per_s"] > 0
   assert [row["step"] for row in rows if "dev_accuracy" in row] == [2, 4]
   for row in rows[4:]:
     assert {"reward/mean", "reward/accuracy", "kl", "entropy"} <= set(row)
-    assert row["mismatch"] < 1e-4  # the sampler's log-probs are the trainer's
-    assert row["recompiles"] == 0
+    # The sampler's log-probabilities are the trainer's.
+    assert row["mismatch_max"] < 1e-4
     for phase in PHASES:
       assert row[f"time/{phase}_s"] > 0, phase
-    for phase in ("vision", "prefill", "decode", "update"):
+    for phase in ("vision", "prefill", "decode", "score", "reference"):
       assert row[f"rate/{phase}_per_s"] > 0, phase
     for phase in ("score", "reference", "step"):
       assert row[f"mfu/{phase}"] > 0, phase
+    # An update reads what the reference reads.
+    tokens = [
+      row[f"rate/{phase}_per_s"] * row[f"time/{phase}_s"]
+      for phase in ("reference", "update")
+    ]
+    assert tokens[0] == pytest.approx(tokens[1])
   assert any(row["bonus/mean"] > 0 for row in rows[4:])
   assert all(row["grad_norm"] > 1e-3 for row in rows)
 
@@ -357,7 +368,7 @@ def resumed(cache_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(experiment_lib.Stream, "__next__", next_batch)
       patch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
-      patch.setattr(answers, "judge", _judge)
+      patch.setattr(verdicts, "make_judge", _make_judge)
       logger.addHandler(handler)
       logger.setLevel(logging.INFO)
       try:
@@ -383,7 +394,7 @@ def test_a_restart_says_where_it_goes_on(resumed):
   assert "cold start: continues at update 2" in said[1]
   assert "continuing from checkpoints {'sft': 4, 'rl': 2}" in said[2]
   assert "cold start: done at update 4" in said[2]
-  assert "KF-GRPO: continues at update 2" in said[2]
+  assert "reinforcement: continues at update 2" in said[2]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -504,12 +515,12 @@ def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
   params = init_params(experiment.model)
   store = checkpoint.Checkpoints(tmp_path / "run" / "rl", keep=1)
   with telemetry.MetricWriter(tmp_path / "run", resume={}) as writer:
-    trained = train.reinforce(experiment, params, writer, store)
+    trained = reinforce.train_policy(experiment, params, writer, store)
   store.close()
   assert jax.tree.structure(trained) == jax.tree.structure(params)
   (row,) = _rows(tmp_path / "run" / "metrics.jsonl")
   assert row["step"] == 1
-  assert np.isfinite(row["loss"]) and row["mismatch"] < 1e-4
+  assert np.isfinite(row["loss"]) and row["mismatch_max"] < 1e-4
   rollouts = _rows(tmp_path / "run" / "rollouts.jsonl")
   assert len(rollouts) == 2
   seconds = rollouts[0]["keyframe_s"]

@@ -17,10 +17,10 @@ import pytest
 from cf_jax import policy
 from cf_jax.models import flops, lora
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import sft, train
+from cf_jax.programs import reinforce, rl_steps, sft
 from cf_jax.runtime import checkpoint, optim, sharding, telemetry
 from cf_jax.types import Experience, Rollout, TrainState
-from tests.conftest import init_params
+from tests.conftest import init_params, load_config
 
 FROZEN_TOWER = (r"^vision/",)
 LOSS = dict(
@@ -99,9 +99,9 @@ def _make(scene, *, frozen, micro_batches=1, remat="none", rank=0):
     sharding.tree_shardings(rest, mesh, sharding.PARTITION_RULES),
     optimizer,
   )
-  settings = types.SimpleNamespace(
-    loss=LOSS, rl=types.SimpleNamespace(micro_batches=micro_batches)
-  )
+  settings = load_config("configs/kfgrpo_cpu.py", "smoke")
+  settings.loss = LOSS
+  settings.rl.micro_batches = micro_batches
   experiment = types.SimpleNamespace(
     config=settings,
     model=dataclasses.replace(scene.config, remat=remat),
@@ -109,7 +109,7 @@ def _make(scene, *, frozen, micro_batches=1, remat="none", rank=0):
     banned=scene.banned,
     mesh=mesh,
   )
-  return train.make_update_step(experiment, stage), stage
+  return rl_steps.make_update_step(experiment, stage), stage
 
 
 def _copy(state):
@@ -171,7 +171,8 @@ def _dots(update, *args):
   """Operations of all matmuls of a traced function: whole, in the tower."""
   whole = tower = 0
   for equation, scope, times in _equations(jax.make_jaxpr(update)(*args).jaxpr):
-    if equation.primitive.name != "dot_general":
+    # Attention's backward pass makes the scores again: that does not count.
+    if equation.primitive.name != "dot_general" or "again" in scope:
       continue
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval, equation.outvars[0].aval
@@ -252,7 +253,9 @@ def test_a_step_encodes_each_frame_once(tiny_config, tmp_path, monkeypatch):
   monkeypatch.setattr(policy, "encode_frames", watch)
   store = checkpoint.Checkpoints(tmp_path / "rl", keep=1)
   with telemetry.MetricWriter(tmp_path, resume={}) as writer:
-    train.reinforce(experiment, init_params(experiment.model), writer, store)
+    reinforce.train_policy(
+      experiment, init_params(experiment.model), writer, store
+    )
   store.close()
   # Four videos of four keyframes and four uniform frames; the blank one that
   # no view shows is left out.
@@ -261,7 +264,7 @@ def test_a_step_encodes_each_frame_once(tiny_config, tmp_path, monkeypatch):
   assert [row["recompiles"] for row in rows] == [0, 0]
   phases = ("vision", "prefill", "decode", "score", "reference", "update")
   for row in rows:
-    assert row["mismatch"] < 1e-4
+    assert row["mismatch_max"] < 1e-4
     share = {name: row[f"share/{name}"] for name in phases}
     work = {name: row[f"work/{name}"] for name in phases}
     assert min(share.values()) > 0

@@ -1,0 +1,353 @@
+"""The reinforcement loop under the settings of KF-GRPO and its neighbours.
+
+Rewards and advantages of the jitted step against numbers worked by hand, and
+short runs in which every option of the loop is used.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax.programs import experiment as experiment_lib
+from cf_jax.programs import reinforce, rl_steps, verdicts
+from cf_jax.runtime import checkpoint, telemetry
+from cf_jax.types import Rollout, Verdict
+from tests.conftest import init_params, load_config
+
+# Two prompts of four completions of three tokens.
+B, G, C, K = 2, 4, 3, 2
+ACCURACY = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], np.float32)
+LENGTH = np.array([[3, 2, 1, 2], [1, 3, 3, 2]], np.int32)
+
+
+@pytest.fixture
+def config():
+  config = load_config("configs/kfgrpo_cpu.py", "smoke")
+  config.reward.weight = dict(accuracy=1.0)
+  return config
+
+
+def score(config, *, scored=None, sampled=None, reference=None, **changes):
+  """The reward step of a config on the batch above."""
+  experiment = types.SimpleNamespace(config=config)
+  mask = np.arange(C) < LENGTH[..., None]
+  verdict = Verdict(
+    component={"accuracy": ACCURACY, "format": np.ones((B, G), np.float32)},
+    answer_span=mask,
+    length=LENGTH,
+    cited=np.zeros((B, G, K), bool),
+    applies={name: np.ones(B, bool) for name in ("accuracy", "format")},
+  ).replace(**changes)
+  rollout = Rollout(
+    token=np.zeros((B, G, C), np.int32),
+    mask=mask,
+    logprob=np.where(mask, -1.0, 0).astype(np.float32),
+    finished=np.ones((B, G), bool),
+  )
+  evidence = rl_steps.Evidence(
+    scored=scored or {},
+    sampled=sampled or {},
+    ref_logprob=reference,
+    saliency=jnp.zeros((B, G)),
+    can_shuffle=jnp.array([True, True]),
+    has_apex=jnp.array([True, False]),
+    kind=jnp.array([0, 1]),
+    task=jnp.array([1, 1]),
+    rng=jax.random.key(0),
+  )
+  step = rl_steps.make_reward_step(experiment, num_kinds=2, num_tasks=2)
+  moments = (jnp.zeros(2), jnp.zeros(2))
+  return step(verdict, rollout, evidence, moments)
+
+
+# ------------------------------------------------------------ rewards, by hand
+
+
+def test_grpo_is_the_reward_less_its_group_mean(config):
+  config.contrast.kind = "none"
+  found = score(config)
+  np.testing.assert_array_equal(found.bonus, 0)
+  expected = [[0.5, 0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]]
+  np.testing.assert_allclose(found.advantage, expected, rtol=1e-6)
+  mean, count = found.task_mean
+  np.testing.assert_allclose(mean, [0, 3 / 8], rtol=1e-6)
+  assert count.tolist() == [0, 2]
+  assert float(found.metrics["reward/correct"]) == 3 / 8
+
+
+@pytest.mark.parametrize(
+  ("mu", "given"), [(0.8, (True, False)), (1.3, (False, False))]
+)
+def test_t_grpo(config, mu, given):
+  """Mean accuracies 0.5 and 0.25, shuffled 0.5 and 0.5."""
+  config.contrast.update(kind="threshold")
+  config.contrast.threshold.mu = mu
+  shuffled = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+  found = score(config, sampled={"shuffled": shuffled})
+  expected = 0.3 * ACCURACY * np.asarray(given)[:, None]
+  np.testing.assert_allclose(found.bonus, expected, rtol=1e-6)
+  np.testing.assert_allclose(found.reward, ACCURACY + expected, rtol=1e-6)
+  assert float(found.metrics["arm/shuffled"]) == 0.5
+
+
+def test_t_grpo_of_another_prompt(config):
+  """The placebo compares with the next prompt's shuffled accuracy."""
+  config.contrast.update(kind="threshold", placebo="other_prompt")
+  shuffled = jnp.array([[0.0, 0.0], [1.0, 1.0]])
+  found = score(config, sampled={"shuffled": shuffled})
+  np.testing.assert_allclose(
+    found.bonus, 0.3 * ACCURACY * np.array([[0], [1]]), rtol=1e-6
+  )
+
+
+def test_rollout_contrast_is_each_rollouts_own(config):
+  """0.5 nats a token: 0.3 * 0.5, for the shuffled arm and where it applies."""
+  scored = {
+    arm: jnp.full((B, M, G, C), -1.5)
+    for arm, M in (("shuffled", 2), ("uniform", 1))
+  }
+  scored["shuffled"] = scored["shuffled"].at[0, :, 1].set(-1.0)
+  found = score(config, scored=scored)
+  expected = [[0.15 + 0.15, 0.15, 0, 0], [0.15, 0, 0, 0]]
+  np.testing.assert_allclose(found.bonus, expected, rtol=1e-5)
+
+
+def test_the_random_placebo_moves_bonuses_between_correct_rollouts(config):
+  config.contrast.placebo = "random"
+  scored = {"shuffled": jnp.full((B, 1, G, C), -1.5)}
+  scored["shuffled"] = scored["shuffled"].at[0, :, 0].set(-1.25)
+  found = score(config, scored=scored)
+  dealt = np.asarray(found.bonus)
+  assert np.all(dealt[ACCURACY == 0] == 0)
+  np.testing.assert_allclose(
+    np.sort(dealt[ACCURACY == 1]), [0.075, 0.15, 0.15], rtol=1e-5
+  )
+
+
+def test_margin_leaves_one_out(config):
+  """p_K without i is 1/3 and 0 for the right ones; the other arm has 1/2."""
+  config.contrast.update(kind="margin")
+  config.contrast.rollout.alpha_c = 0.0
+  found = score(config, sampled={"shuffled": jnp.array([[1.0, 0.0]] * 2)})
+  expected = 0.3 * np.array([[-1 / 6, -1 / 6, 0, 0], [-1 / 2, 0, 0, 0]])
+  np.testing.assert_allclose(found.bonus, expected, rtol=1e-5)
+
+
+def test_length_products_and_the_soft_penalty(config):
+  """Video-R1's bonus, ViaRL's product and length, DAPO's penalty in one."""
+  config.contrast.kind = "none"
+  config.reward.products = dict(both=("accuracy", "format"))
+  config.reward.weight = dict(both=2.0, length=0.2)
+  config.reward.length = dict(low=2, high=3, bonus=0.5)
+  config.reward.overlong = dict(weight=1.0, buffer=2)
+  config.sampling.max_tokens = 3
+  found = score(config)
+  inside = (LENGTH >= 2).astype(np.float32)
+  several = np.array([[1], [0]])  # right ones in the group: 2 and 1
+  expected = (
+    2 * ACCURACY
+    + 0.2 * inside
+    + 0.5 * ACCURACY * inside * several
+    - (LENGTH - 1) / 2
+  )
+  np.testing.assert_allclose(found.reward, expected, rtol=1e-6)
+
+
+def test_kl_in_the_reward(config):
+  """k1 of 0.5 nats a token, weight 0.1."""
+  config.contrast.kind = "none"
+  config.reward.kl = dict(weight=0.1, kind="k1")
+  reference = jnp.full((B, G, C), -1.5)
+  found = score(config, reference=reference)
+  np.testing.assert_allclose(
+    found.reward, ACCURACY - 0.1 * 0.5 * LENGTH, rtol=1e-6
+  )
+
+
+def test_reinforce_whitens_over_tokens(config):
+  config.contrast.kind = "none"
+  config.rl.advantage = "reinforce"
+  config.reinforce.update(kl_weight=0.0, discount=1.0)
+  found = np.asarray(score(config, reference=jnp.zeros((B, G, C))).advantage)
+  mask = np.arange(C) < LENGTH[..., None]
+  # Undiscounted and without KL, a token's return is its completion's reward.
+  returns = np.broadcast_to(ACCURACY[..., None], mask.shape)[mask]
+  expected = (returns - returns.mean()) / returns.std(ddof=1)
+  np.testing.assert_allclose(found[mask], expected, rtol=1e-5)
+  assert np.all(found[~mask] == 0)
+
+
+def test_batch_scale_is_by_kind_and_remembers(config):
+  config.contrast.kind = "none"
+  config.advantage.update(scale="batch", ddof=1, eps=0.0)
+  config.rl.std_decay = 1.0
+  found = score(config)
+  std = [np.std(row, ddof=1) for row in ACCURACY]
+  centred = ACCURACY - ACCURACY.mean(axis=1, keepdims=True)
+  np.testing.assert_allclose(
+    found.advantage, centred / np.array(std)[:, None], rtol=1e-5
+  )
+  np.testing.assert_allclose(found.moments[0], [1.0, 0.75], rtol=1e-6)
+  np.testing.assert_allclose(found.moments[1], [3, 3])
+
+
+# ------------------------------------------------------------------- settings
+
+
+def test_contrast_arms(config):
+  arms = reinforce.contrast_arms(config)
+  assert arms.made == ("keyframes", "shuffled", "uniform")
+  assert arms.sampled == arms.watched == ()
+  config.contrast.rollout.alpha_c = 0.0
+  assert reinforce.contrast_arms(config).scored == ("shuffled",)
+  config.contrast.kind = "threshold"
+  arms = reinforce.contrast_arms(config)
+  assert (arms.scored, arms.sampled) == ((), ("shuffled",))
+  config.contrast.kind = "none"
+  assert reinforce.contrast_arms(config).made == ("keyframes",)
+  config.contrastive.weight = 0.1
+  assert reinforce.contrast_arms(config).scored == ("shuffled",)
+  config.contrast.watch_every = 5
+  assert reinforce.contrast_arms(config).made[1:] == ("shuffled", "uniform")
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("contrast.kind", "treshold"),
+    ("contrast.saliency", "tad"),
+    ("contrast.placebo", "sugar"),
+    ("rl.advantage", "gae"),
+  ],
+)
+def test_an_unknown_choice_names_its_setting(config, name, value):
+  subtree, _, key = name.partition(".")
+  config[subtree][key] = value
+  with pytest.raises(ValueError, match=f"config.{name} .*{value}"):
+    reinforce.contrast_arms(config)
+
+
+def test_the_reference_is_asked_only_where_it_counts(config):
+  assert reinforce.uses_reference(config)
+  config.loss.kl_weight = 0.0
+  assert not reinforce.uses_reference(config)
+  config.rl.advantage = "reinforce"
+  assert reinforce.uses_reference(config)
+  config.reinforce.kl_weight = 0.0
+  assert not reinforce.uses_reference(config)
+  config.contrastive.weight = 1.0
+  assert reinforce.uses_reference(config)
+
+
+def test_useful_first():
+  pool = np.array([False, True, False])
+  fresh = np.array([True, True, False])
+  assert reinforce.useful_first(pool, fresh).tolist() == [1, 3, 4]
+  assert reinforce.useful_first(pool, ~fresh).tolist() == [1, 5, 0]
+
+
+# ----------------------------------------------------------------- whole steps
+
+
+def _train(config, workdir, monkeypatch, *, make_judge):
+  """Runs the stage from random weights; its metrics."""
+  monkeypatch.setattr(verdicts, "make_judge", make_judge)
+  experiment = experiment_lib.build(config.lock(), workdir)
+  store = checkpoint.Checkpoints(workdir / "rl", keep=1)
+  with telemetry.MetricWriter(workdir, resume={}) as writer:
+    reinforce.train_policy(
+      experiment, init_params(experiment.model), writer, store
+    )
+  store.close()
+  return telemetry.read_rows(workdir / telemetry.METRICS_FILE)
+
+
+def _lucky(change=lambda right, call: right):
+  """A judge that calls some rollouts right, and their first token the answer.
+
+  Args:
+    change: bool-like float32[B, G] and the number of the call -> the same.
+
+  Returns:
+    What takes the place of `make_judge`, and the G of every call.
+  """
+  real, calls = verdicts.make_judge, []
+
+  def make_judge(experiment):
+    judge = real(experiment)
+
+    def read(prepared, token, mask):
+      found = judge(prepared, token, mask)
+      calls.append(token.shape[1])
+      right = ((token * mask).sum(axis=-1) % 2).astype(np.float32)
+      right[:, 0], right[:, 1] = 0, 1
+      return found.replace(
+        component=found.component | {"accuracy": change(right, len(calls))},
+        answer_span=mask & (np.arange(token.shape[-1]) == 0),
+      )
+
+    return read
+
+  return make_judge, calls
+
+
+def test_t_grpo_with_resampling(tiny_config, tmp_path, monkeypatch):
+  """Two batches without a spread are followed by one that has it."""
+  config = tiny_config
+  config.rl.update(steps=2, resample=2, overlong_filter=True)
+  config.contrast.update(kind="threshold", num_samples=3)
+  config.advantage.scale = "group"
+  config.loss.kl_weight = 0.0
+  config.reward.weight = dict(accuracy=1.0)  # the format has no spread either
+  # Keyframes and shuffled take turns; only the third batch is ever right.
+  make_judge, calls = _lucky(lambda right, call: right * (call % 6 == 5))
+  rows = _train(config, tmp_path, monkeypatch, make_judge=make_judge)
+  assert calls[:6] == [2, 3, 2, 3, 2, 3]
+  assert [row["sampled/batches"] for row in rows] == [3, 3]
+  assert [row["sampled/groups_that_teach"] for row in rows] == [4, 4]
+  for row in rows:
+    assert row["reward/zero_spread_groups"] == pytest.approx(2 / 3)
+    assert row["recompiles"] == 0 and "kl" not in row
+    assert row["time/other arms_s"] > 0 and "rate/reference_per_s" not in row
+  assert rows[-1]["data/skipped_total"] == 0
+
+
+def test_every_option_of_the_loss(tiny_config, tmp_path, monkeypatch):
+  """Deletion saliency, contrastive loss, importance weights, two updates."""
+  config = tiny_config
+  config.rl.update(
+    steps=2,
+    updates_per_batch=2,
+    importance_cap=2.0,
+    entropy_weight=1e-3,
+    std_decay=0.9,
+    micro_batches=2,
+  )
+  config.contrast.update(saliency="deletion", watch_every=2)
+  config.contrastive.weight = 0.1
+  config.advantage.scale = "batch"
+  make_judge, _ = _lucky()
+  rows = _train(config, tmp_path, monkeypatch, make_judge=make_judge)
+  for row in rows:
+    assert row["recompiles"] == 0
+    assert row["mismatch_max"] < 1e-4 and row["mismatch_capped"] == 0
+    # The second update of a batch has moved away from what was sampled.
+    assert row["log_ratio_abs"] > 0
+    assert 0 <= row["contrastive_loss"] < 5 and row["kl_other_view"] >= 0
+    assert row["time/deletion_s"] > 0
+  assert any(row["contrastive_loss"] > 0 for row in rows)
+  assert "arm/shuffled" not in rows[0]
+  assert 0 <= rows[1]["arm/shuffled"] <= 1 and "arm/uniform" in rows[1]
+
+
+def test_reinforce_plus_plus(tiny_config, tmp_path, monkeypatch):
+  config = tiny_config
+  config.rl.update(steps=1, advantage="reinforce")
+  config.contrast.update(kind="none")
+  config.loss.update(kl_weight=0.0, aggregate="token_mean")
+  make_judge, _ = _lucky()
+  (row,) = _train(config, tmp_path, monkeypatch, make_judge=make_judge)
+  assert row["grad_norm"] > 0 and np.isfinite(row["loss"])
