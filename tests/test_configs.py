@@ -6,17 +6,36 @@ What a subtree binds to is said per program.
 import dataclasses
 import inspect
 import re
+import typing
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from cf_jax import grpo, rewards, sampling, tad, views
-from cf_jax.data import pipeline, prompts, synthetic, video
+from cf_jax.data import (
+  answers,
+  judge,
+  pipeline,
+  prompts,
+  records,
+  synthetic,
+  synthetic_tasks,
+  video,
+)
 from cf_jax.main import PROGRAMS
 from cf_jax.models import config as model_config
-from cf_jax.models import lora, vlm
-from cf_jax.programs import ask, evaluate, policies
+from cf_jax.models import lora, selector, vlm
+from cf_jax.programs import (
+  amplify,
+  ask,
+  evaluate,
+  policies,
+  reinforce,
+  scorer,
+  select_data,
+)
 from cf_jax.runtime import checkpoint, optim, sharding
 from tests.conftest import ROOT, load_config
 
@@ -27,6 +46,8 @@ def variants(program=None):
   With `program`, of its configs alone.
   """
   for path in sorted((ROOT / "configs").glob("*.py")):
+    if path.stem == "common":  # what recipes share
+      continue
     name = f"configs/{path.name}"
     documented = re.findall(rf"{re.escape(name)}:([\w,=.]+)", path.read_text())
     for arg in [None, *sorted(set(documented))]:
@@ -68,6 +89,13 @@ BINDS = {
     "data.reader": (pipeline.FrameReader, (), {}),
     "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
     "tad": (tad.select_keyframes, (None,), {}),
+    "selector.network": (
+      selector.SelectorConfig,
+      (),
+      {"embedding_dim": 1, "query_dim": 1},
+    ),
+    "selector.advantage": (grpo.group_advantages, (None,), {}),
+    "selector.optim": (_optimizer, (), {"frozen": ()}),
     "prompt.build": (
       prompts.build_prompt,
       (None, "", ()),
@@ -76,9 +104,17 @@ BINDS = {
     "model": (model_config.make, (), {"vocab_size": 1}),
     "lora": (lora.init, ({}, None), {}),
     "sampling": (sampling.generate, (None,) * 6, {"eos_id": 0}),
-    "reward": (rewards.combine, ({},), {}),
-    "contrast": (rewards.contrast_bonus, (None,) * 4, {"shuffled_mask": None}),
+    "answers": (
+      answers.judge,
+      (None,) * 4,
+      {"frame_time_s": None, "cite_tolerance_s": 0.1, "ask": None},
+    ),
+    "judge": (judge.Judge, (), {}),
+    "reward.length": (rewards.length_bonus, (None, None), {}),
+    "contrast.rollout": (rewards.contrast_bonus, (None,) * 4, {}),
+    "contrast.threshold": (rewards.threshold_bonus, (None,) * 3, {}),
     "advantage": (grpo.group_advantages, (None,), {}),
+    "reinforce": (grpo.reinforce_advantages, (None,) * 3, {}),
     "loss": (grpo.policy_loss, (None,) * 6, {}),
     "sft.optim": (_optimizer, (), {}),
     "rl.optim": (_optimizer, (), {}),
@@ -111,16 +147,60 @@ BINDS = {
     "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
   },
 }
+BINDS["select_data"] = {
+  name: BINDS["train"][name]
+  for name in (
+    "mesh",
+    "data.synthetic",
+    "data.loader",
+    "data.reader",
+    "scan",
+    "tad",
+    "prompt.build",
+    "model",
+    "lora",
+    "sampling",
+    "answers",
+    "judge",
+    "sft.optim",
+    "checkpoint",
+  )
+} | {
+  "evaluation": (evaluate.Evaluator, (None, [], ()), {"max_tokens": 1}),
+  "select": (select_data.decide, ((), None), {}),
+}
+BINDS["amplify"] = BINDS["train"] | {
+  "evaluation": BINDS["select_data"]["evaluation"]
+}
 # Read key by key by the programs (test_train.py, test_ask.py and
 # test_keyframes.py check that each is read).
 PLAIN = {
-  "train": ("", "data", "prompt", "sft", "rl", "report", "reward.weight"),
+  "train": (
+    "",
+    "data",
+    "prompt",
+    "prompt.templates",
+    "sft",
+    "rl",
+    "report",
+    "reward",
+    "reward.weight",
+    "reward.products",
+    "reward.overlong",
+    "reward.kl",
+    "contrast",
+    "contrastive",
+    "selector",
+    "selector.reward",
+  ),
   "ask": ("", "prompt"),
   "export": ("",),
   "keyframes": ("", "scan"),
+  "select_data": ("", "data", "prompt", "prompt.templates", "sft"),
 }
-# `tau` is rollout_contrast's; the views of `num_shuffles` are made before.
-ELSEWHERE = {"contrast": ("num_shuffles", "tau")}
+
+
+PLAIN["amplify"] = PLAIN["train"]
 
 
 def subtrees(config, prefix=""):
@@ -134,7 +214,9 @@ def subtrees(config, prefix=""):
 @every
 def test_builds_and_locks(path, arg):
   config = load_config(path, arg)
-  assert config.name == path.split("/")[1][:-3] + (f"_{arg}" if arg else "")
+  assert config.name == path.split("/")[1][:-3] + (
+    "_" + arg.replace(",", "_") if arg else ""
+  )
   assert config.program in PROGRAMS
   config.lock()
   with pytest.raises(AttributeError):
@@ -152,7 +234,11 @@ def test_an_unknown_argument_is_an_error(path, arg):
 def test_every_subtree_binds(path, arg):
   config = load_config(path, arg)
   binds, plain = BINDS[config.program], PLAIN[config.program]
-  for name, subtree in subtrees(config):
+  configs = [config]
+  if config.program == "amplify":  # two policies, each with its own settings
+    split = amplify.selector_config, amplify.answerer_config
+    configs = [of_policy(config) for of_policy in split]
+  for name, subtree in [pair for c in configs for pair in subtrees(c)]:
     if name in plain or name.startswith("model."):
       continue
     assert name in binds, (
@@ -162,12 +248,8 @@ def test_every_subtree_binds(path, arg):
     settings = {
       key: value
       for key, value in subtree.items()
-      if key not in ELSEWHERE.get(name, ())
-      and (
-        not isinstance(value, ml_collections.ConfigDict)
-        or name not in plain
-        and f"{name}.{key}" not in binds
-      )
+      if not isinstance(value, ml_collections.ConfigDict)
+      or (name not in plain and f"{name}.{key}" not in binds)
     }
     signature = inspect.signature(function)
     bound = signature.bind(*args, **settings, **given).arguments
@@ -196,10 +278,18 @@ def test_values_are_accepted(path, arg):
     dataclasses.replace(model_config.tiny(), **how)
   views.make_selector(descriptor="pixels", **config.tad)
   assert set(config.evaluation.arms) <= set(views.ARMS)
-  assert set(config.data.synthetic.tasks) <= set(synthetic.TASKS)
-  inspect.signature(rewards.rollout_contrast).bind(
-    None, None, None, tau=config.contrast.tau
+  assert set(config.data.synthetic.tasks) <= set(synthetic_tasks.TASKS)
+  assert config.contrast.tau > 0
+  reinforce.contrast_arms(config)
+  scorer.check(config)
+  rewards.combine(
+    dict.fromkeys(
+      (*config.answers.components, *config.reward.products, "length"),
+      jnp.ones((1, 1)),
+    ),
+    weight=config.reward.weight,
   )
+  assert set(config.prompt.templates) <= set(typing.get_args(records.Kind))
   inspect.signature(prompts.count_tokens).bind(
     None,
     "",

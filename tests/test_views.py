@@ -6,11 +6,13 @@ Axes as in `cf_jax.views`.
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from cf_jax import policy, views
-from cf_jax.data import pipeline, prompts, records
+from cf_jax.data import patches, pipeline, prompts, records
+from cf_jax.models import rope, vlm
 from cf_jax.programs import experiment as experiment_lib
-from tests.conftest import load_config, shrink
+from tests.conftest import init_params, load_config, shrink
 
 SCAN = dict(scan_frames=64, scan_size_px=(32, 32))
 ALL = views.ARMS
@@ -156,9 +158,9 @@ def test_a_permutation_does_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("num_valid", [0, 1, 2, 3, 5])
-def test_permute_slots(num_valid):
+def test_permute_frames(num_valid):
   for seed in range(30):
-    order = views.permute_slots(num_valid, 5, np.random.default_rng(seed))
+    order = views.permute_frames(num_valid, 5, np.random.default_rng(seed))
     assert order.dtype == np.int32
     assert sorted(order) == list(range(5))
     np.testing.assert_array_equal(order[num_valid:], np.arange(num_valid, 5))
@@ -213,6 +215,7 @@ def short(experiment, write_video, tmp_path_factory):
 def test_fewer_frames_than_slots(experiment, short):
   np.testing.assert_array_equal(short.keyframes.mask.sum(1), [3, 1])
   np.testing.assert_array_equal(short.can_shuffle, [True, False])
+  assert not short.has_apex[1]
   mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
   np.testing.assert_array_equal(short.frame_mask, np.tile(mask, (1, 2)))
   np.testing.assert_array_equal(np.isnan(short.frame_time_s), ~short.frame_mask)
@@ -299,3 +302,190 @@ def test_scan_by_the_vision_tower(experiment, batch, cache_dir, tmp_path):
   keyframes = made.make_views(few, ("keyframes",)).keyframes
   assert keyframes.embedding.shape == (2, 4, 32)
   assert keyframes.mask.all() and np.all(np.diff(keyframes.index) > 0)
+
+
+# ------------------------------------------------- two frames share a slice
+
+
+@pytest.fixture(scope="module")
+def paired_experiment(cache_dir, tmp_path_factory):
+  """Six frames in three slots of one video span, as Video-R1 has them."""
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.scan.select = "uniform"
+  config.tad.num_keyframes = 6
+  config.contrast.num_shuffles = 2
+  config.prompt.frames_per_slice = 2
+  config.prompt.build.show_time = False
+  return experiment_lib.build(config, tmp_path_factory.mktemp("paired"))
+
+
+@pytest.fixture(scope="module")
+def odd(paired_experiment, write_video, tmp_path_factory):
+  """A batch of 12 frames at 4 a second, of three, and of a picture."""
+  rng = np.random.default_rng(0)
+  folder = tmp_path_factory.mktemp("odd")
+  for count in (12, 3):
+    frames = rng.integers(0, 255, (count, 28, 56, 3), np.uint8)
+    write_video(folder / f"{count}.mp4", frames)
+  picture = rng.integers(0, 255, (28, 56, 3), np.uint8)
+  Image.fromarray(picture).save(folder / "1.png")
+  samples = [
+    records.Sample(name, str(folder / name), "Which?", ("red", "blue"), "A")
+    for name in ("12.mp4", "3.mp4", "1.png")
+  ]
+  batch = pipeline.collate(samples, np.arange(3), **SCAN)
+  return paired_experiment.make_views(batch, ALL), picture
+
+
+@pytest.fixture(scope="module")
+def encoded(paired_experiment, odd):
+  """Visual tokens of every slice, and what encodes frames one by one."""
+  model, params = paired_experiment.model, init_params(paired_experiment.model)
+  shown = experiment_lib.shown_frames(odd[0], blank=True)
+  pixel = paired_experiment.make_views.patches(shown)
+  made = policy.encode_frames(model, params, pixel, grid=paired_experiment.grid)
+
+  def reference(frames):
+    """Tokens of frames in a row, paired as transformers' processor does."""
+    pairs = patches.frames_to_patches(frames, pair=True)
+    token = vlm.encode_vision(model, params, pairs, paired_experiment.grid)
+    return np.asarray(token).reshape(-1, token.shape[-1])
+
+  return made, reference
+
+
+def _order(prepared, arm, row):
+  """Numbers of the frames in a view's slots, the last of a pair included."""
+  return prepared.slices[row, prepared.view[arm].frame[row]].ravel()
+
+
+def test_slots_of_pairs(paired_experiment, odd):
+  prepared, picture = odd
+  # keyframes, two shuffles, reversed, uniform: 3 each; single and blank.
+  assert prepared.slices.shape == (3, 17, 2) and prepared.num_shown == 17
+  assert prepared.frames.shape == (3, 13, 28, 56, 3)
+  assert prepared.num_slots == 3
+  assert paired_experiment.make_views.patches(
+    experiment_lib.shown_frames(prepared)
+  ).shape == (3, 17, 8, 3 * 2 * 14 * 14)
+  assert _order(prepared, "keyframes", 0).tolist() == [0, 1, 2, 3, 4, 5]
+  assert _order(prepared, "uniform", 0).tolist() == [6, 7, 8, 9, 10, 11]
+  assert _order(prepared, "reversed", 0).tolist() == [5, 4, 3, 2, 1, 0]
+  assert _order(prepared, "times", 0).tolist() == [12] * 6
+  # Of 12 frames 1, 3, ... are shown; of three the second slot has one.
+  np.testing.assert_array_equal(
+    prepared.slot_time_s,
+    [[0.25, 1.25, 2.25], [0, 0.5, np.nan], [0, np.nan, np.nan]],
+  )
+  assert _order(prepared, "keyframes", 1)[:4].tolist() == [0, 1, 2, 2]
+  assert _order(prepared, "uniform", 1)[:4].tolist() == [6, 7, 8, 8]
+  assert _order(prepared, "reversed", 1)[:4].tolist() == [2, 1, 0, 0]
+  assert [_order(prepared, "single", n)[0] for n in range(3)] == [9, 7, 6]
+  # The picture is shown twice in one slot, and cannot be out of order.
+  assert prepared.can_shuffle.tolist() == [True, True, False]
+  assert not prepared.has_apex[2]
+  np.testing.assert_array_equal(prepared.frames[2, 0], picture)
+  for arm in ("keyframes", "uniform", "shuffled", "reversed"):
+    visual = prepared.view[arm].prompt.visual
+    np.testing.assert_array_equal((visual >= 0).sum(axis=1), [6, 4, 2])
+    assert set(_order(prepared, arm, 2)[:2]) == {6 if arm == "uniform" else 0}
+  single = prepared.view["single"].prompt
+  np.testing.assert_array_equal((single.visual >= 0).sum(axis=1), [2, 2, 2])
+  assert np.all(prepared.view["blind"].prompt.visual == -1)
+
+
+def test_frames_move_before_they_are_paired(paired_experiment, odd):
+  prepared, _ = odd
+  drawn = [
+    _order(prepared, arm, row)
+    for arm in ("shuffled", "shuffled_1")
+    for row in (0, 1)
+  ]
+  for order in drawn[::2]:
+    assert sorted(order) == list(range(6)) and any(order != np.arange(6))
+  for order in drawn[1::2]:
+    assert sorted(order[:3]) == [0, 1, 2] and any(order[:3] != np.arange(3))
+    assert order[3] == order[2]
+  # Pairs are torn apart: moving whole slots would not do that.
+  assert any(
+    {frozenset(pair) for pair in order.reshape(3, 2)}
+    != {frozenset(pair) for pair in np.arange(6).reshape(3, 2)}
+    for order in drawn[::2]
+  )
+  ordered = prepared.view["keyframes"]
+  for arm in ("shuffled", "shuffled_1", "reversed", "times"):
+    assert _equal_prompts(prepared.view[arm].prompt, ordered.prompt)
+
+
+@pytest.mark.parametrize(
+  "arm", ["keyframes", "shuffled", "shuffled_1", "reversed", "uniform"]
+)
+def test_tokens_of_pairs_by_brute_force(odd, encoded, arm):
+  prepared, _ = odd
+  token, reference = encoded
+  shown = np.asarray(policy.show(token, prepared.view[arm].frame))
+  for row, real in ((0, 6), (1, 3), (2, 1)):
+    order = _order(prepared, arm, row)[:real]
+    expected = reference(prepared.frames[row, order])
+    np.testing.assert_allclose(
+      shown[row, : len(expected)], expected, rtol=0, atol=1e-5
+    )
+  # The order inside a slice counts.
+  if arm == "reversed":
+    forward = np.asarray(policy.show(token, prepared.view["keyframes"].frame))
+    assert np.abs(shown[0, :2] - forward[0, 4:]).max() > 1e-3
+
+
+def test_the_blank_slice_is_the_last(odd, encoded):
+  """What saliency by deletion puts in a slot."""
+  prepared, _ = odd
+  blank = np.full((2, 28, 56, 3), 128, np.uint8)
+  np.testing.assert_allclose(
+    encoded[0][:, -1], [encoded[1](blank)] * 3, rtol=0, atol=1e-5
+  )
+  few = prepared._replace(view={"keyframes": prepared.view["keyframes"]})
+  assert experiment_lib.shown_frames(few).shape[1] == 2 * 16
+  assert experiment_lib.shown_frames(few, blank=True).shape[1] == 2 * 17
+
+
+def test_positions_of_pairs_are_the_reference(paired_experiment, odd):
+  """Six frames at 2 a second: slices are 2 / fps = 1 s apart."""
+  prompt = odd[0].view["keyframes"].prompt
+  real = prompt.mask[0]
+  expected = rope.rope_index(
+    paired_experiment.model,
+    prompt.token[:1, real],
+    video_grid_thw=[[3, *paired_experiment.grid]],
+    second_per_grid_ts=[2 / 2],
+  )
+  np.testing.assert_array_equal(prompt.position[0][:, real], expected[0])
+  assert len(np.unique(prompt.position[0, 0, prompt.visual[0] >= 0])) == 3
+
+
+def test_numbers_by_slot(odd):
+  prepared, _ = odd
+  value = np.array([[0, 3, 1, 2, 0, 0], [5, 4, 0, 0, 0, 1], [7, 0, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(
+    prepared.by_slot(value), [[3, 2, 0], [5, 0, 1], [7, 0, 0]]
+  )
+  np.testing.assert_array_equal(
+    prepared.by_slot(prepared.keyframes.mask),
+    [[True] * 3, [True, True, False], [True, False, False]],
+  )
+
+
+@pytest.mark.parametrize(
+  ("setting", "value", "message"),
+  [
+    ("tad.num_keyframes", 5, "5 keyframes .* config.tad.num_keyframes"),
+    ("prompt.frames_per_slice", 3, "is 3, expected 1 or the 2 frames"),
+    ("prompt.frames_per_slice", 0, "change config.prompt.frames_per_slice"),
+  ],
+)
+def test_frames_that_make_no_slices(
+  tiny_config, tmp_path, setting, value, message
+):
+  tiny_config.prompt.frames_per_slice = 2
+  tiny_config.update_from_flattened_dict({setting: value})
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.build(tiny_config, tmp_path)

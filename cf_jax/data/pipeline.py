@@ -1,5 +1,7 @@
 """Samples -> batches of scanned videos, by grain, with exact resume.
 
+A still picture is a video of one frame (`images`); a batch may mix them.
+
 Two caches, both in memory, bounded, and of bytes: the loader keeps the small
 scan frames of as many videos as fit, `FrameReader` the latest frames at the
 policy's resolution. A second epoch then decodes nothing.
@@ -12,6 +14,7 @@ import collections
 import concurrent.futures
 import os
 import threading
+import types
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +24,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from cf_jax.data import records, video
+from cf_jax.data import images, records, video
 
 
 class Batch(NamedTuple):
@@ -42,6 +45,11 @@ class Batch(NamedTuple):
   scan_mask: np.ndarray
   scan_time_s: np.ndarray
   frame_index: np.ndarray
+
+
+def decoder_of(path: str) -> types.ModuleType:
+  """What reads a file: `images` for still pictures, else `video`."""
+  return images if images.is_image(path) else video
 
 
 class _Unreadable(NamedTuple):
@@ -248,12 +256,55 @@ def collate(
   scans = {}
   for sample in samples:
     if sample.video not in scans:
-      scans[sample.video] = video.scan_frames(
+      scans[sample.video] = decoder_of(sample.video).scan_frames(
         sample.video, scan_frames, tuple(scan_size_px)
       )
   return _stack(
     list(samples), sample_index, [scans[sample.video] for sample in samples]
   )
+
+
+def collate_readable(
+  samples: Sequence[records.Sample],
+  sample_index: np.ndarray,
+  *,
+  batch_size: int,
+  scan_frames: int,
+  scan_size_px: tuple[int, int],
+) -> tuple[Batch | None, dict[str, str]]:
+  """Scans what can be read of a list of samples into a batch of a fixed size.
+
+  Args:
+    samples: at most `batch_size` samples.
+    sample_index: int[n] their numbers.
+    batch_size: B; the last readable sample is repeated to fill the batch up.
+    scan_frames: T.
+    scan_size_px: (height, width) of the scan.
+
+  Returns:
+    The batch (None where nothing can be read), and path -> reason of every
+    unreadable video.
+  """
+  scans, skipped = {}, {}
+  for path in dict.fromkeys(sample.video for sample in samples):
+    try:
+      scans[path] = decoder_of(path).scan_frames(
+        path, scan_frames, tuple(scan_size_px)
+      )
+    except video.VideoError as error:
+      logging.warning("skipped: %s", error)
+      skipped[path] = str(error)
+  rows = [n for n, sample in enumerate(samples) if sample.video in scans]
+  if not rows:
+    return None, skipped
+  rows += rows[-1:] * (batch_size - len(rows))
+  chosen = [samples[n] for n in rows]
+  batch = _stack(
+    chosen,
+    np.asarray(sample_index)[rows],
+    [scans[sample.video] for sample in chosen],
+  )
+  return batch, skipped
 
 
 def readable(
@@ -274,7 +325,7 @@ def readable(
   skipped, fine = {}, set()
   for path in dict.fromkeys(sample.video for sample in samples):
     try:
-      video.scan_frames(path, 1, (28, 28))
+      decoder_of(path).scan_frames(path, 1, (28, 28))
       fine.add(path)
     except video.VideoError as error:
       logging.warning("skipped: %s", error)
@@ -338,7 +389,9 @@ class _Scanner:
       key = (path, status.st_mtime_ns, status.st_size)
       scan = self._cache.get(key)
       if scan is None:
-        scan = video.scan_frames(path, self._num_frames, self._size_px)
+        scan = decoder_of(path).scan_frames(
+          path, self._num_frames, self._size_px
+        )
         self._keep(key, scan)
     except video.VideoError as error:
       return number, _Unreadable(str(error))
@@ -423,7 +476,7 @@ class FrameReader:
     if not missing:
       return
     numbers = sorted(missing)
-    frames, _ = video.read_frames(
+    frames, _ = decoder_of(path).read_frames(
       path, np.array(numbers), self.size_px, resize=self._resize
     )
     for number, frame in zip(numbers, frames):

@@ -55,6 +55,7 @@ class Experiment:
     model: shape of the policy.
     samples: split -> list of Sample.
     make_views: batch -> Prepared.
+    embed: uint8[B, T, h, w, 3] -> float[B, T, E], what the scan is judged by.
     banned: bool[V] ids that are never sampled.
     data_hash: of every question, answer and video name.
     peak: what the devices can multiply, below all utilisation.
@@ -67,6 +68,7 @@ class Experiment:
   model: model_config.VLMConfig
   samples: dict[str, list[records.Sample]]
   make_views: views.ViewMaker
+  embed: Callable[[np.ndarray], jax.Array]
   banned: np.ndarray
   data_hash: str
   peak: telemetry.Peak
@@ -163,12 +165,24 @@ def warn_of_shared_videos(samples: dict[str, list[records.Sample]]) -> None:
 
 
 def build(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  described: tuple[model_config.VLMConfig, prompts.Tokenizer] | None = None,
 ) -> Experiment:
-  """Reads the config and makes everything that does not train."""
+  """Reads the config and makes everything that does not train.
+
+  Args:
+    config: of a program that trains or samples.
+    workdir: where everything of the run is kept.
+    described: of a policy from elsewhere (`policies.describe`); None makes
+      model and tokenizer as the config says.
+  """
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
-  model = policies.make_model(config, tokenizer)
+  if described is None:
+    tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
+    described = policies.make_model(config, tokenizer), tokenizer
+  model, tokenizer = described
   check_prompt(config, model)
   check_batches(config, mesh)
   check_attention(model)
@@ -189,8 +203,12 @@ def build(
     list_skipped(workdir, skipped)
   for split, rows in samples.items():
     logging.info("%s: %d samples", split, len(rows))
-    for sample in rows:  # an unreadable truth fails here, not after an hour
-      answers.accuracy(None, sample)
+    # An unreadable truth fails here, not after an hour.
+    answers.check_samples(
+      rows,
+      components=config.answers.components,
+      has_judge=bool(config.judge.url),
+    )
 
   reader = pipeline.FrameReader(**config.data.reader)
   encode = None
@@ -201,6 +219,7 @@ def build(
     views.make_selector(**config.scan, encode=encode, **config.tad),
     reader,
     prompt=dict(config.prompt.build),
+    templates=dict(config.prompt.templates),
     max_prompt_tokens=config.prompt.max_tokens,
     patch=(
       model.vision.patch_size,
@@ -208,8 +227,11 @@ def build(
       model.vision.temporal_patch_size,
     ),
     num_keyframes=config.tad.num_keyframes,
-    num_shuffles=config.contrast.num_shuffles,
+    # A program that only samples has no contrast, and shuffles nothing.
+    num_shuffles=config.contrast.num_shuffles if "contrast" in config else 1,
     seed=config.seed,
+    frames_per_slice=config.prompt.frames_per_slice,
+    number_frames=config.prompt.number_frames,
   )
   return Experiment(
     config=config,
@@ -219,6 +241,7 @@ def build(
     model=model,
     samples=samples,
     make_views=make_views,
+    embed=views.make_embedder(config.scan.descriptor, encode),
     banned=tokenizer.banned_mask(model.vocab_size),
     data_hash=hash_samples(samples),
     peak=telemetry.find_peak(model.dtype),
@@ -242,10 +265,10 @@ def check_batches(
 ) -> None:
   """Raises a ValueError where a stage's batch cannot be divided as set."""
   for stage, steps, rows in (
-    ("sft", config.sft.max_steps, "batch_size"),
-    ("rl", config.rl.steps, "prompts_per_step"),
+    ("sft", "max_steps", "batch_size"),
+    ("rl", "steps", "prompts_per_step"),
   ):
-    if steps:
+    if stage in config and config[stage][steps]:
       sharding.check_batch(
         config[stage][rows] * jax.process_count(),
         mesh,
@@ -284,7 +307,8 @@ def longest_prompt(experiment: Experiment) -> int:
   some = list(distinct.values())[:_PROBED_VIDEOS]
   for sample in some:
     with contextlib.suppress(video.VideoError):  # skipped, and counted, later
-      duration_s = max(duration_s, video.probe(sample.video).duration_s)
+      info = pipeline.decoder_of(sample.video).probe(sample.video)
+      duration_s = max(duration_s, info.duration_s)
   count, wordiest = max(
     (
       (experiment.make_views.count_tokens(sample, duration_s=duration_s), n)
@@ -349,11 +373,22 @@ def summary(experiment: Experiment) -> dict[str, str]:
     for tree in (abstract, trained)
   )
   num_keyframes = config.tad.num_keyframes
-  num_visual = num_keyframes * math.prod(experiment.make_views.merged_grid)
+  num_slots = num_keyframes // config.prompt.frames_per_slice
+  num_visual = num_slots * math.prod(experiment.make_views.merged_grid)
   prompt = longest_prompt(experiment)
   batch, group = config.rl.prompts_per_step, config.sampling.num_completions
   slots = config.prompt.max_tokens + group * config.sampling.max_tokens
-  cache = vlm.cache_bytes(experiment.model, batch * slots)
+  learns, many = config.selector.learn, config.selector.num_selections
+  rows = batch * (many if learns else 1)
+  cache = vlm.cache_bytes(experiment.model, rows * slots)
+  # Decoding has a copy of the layers; of all, where it casts them.
+  copied = jax.eval_shape(
+    functools.partial(vlm.unstacked, experiment.model, rows=rows * group),
+    abstract,
+  )["decoder"]
+  if experiment.model.dtype == experiment.model.param_dtype:
+    copied = copied["layers"]
+  copied = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(copied))
   mib = 2.0**20
   devices = jax.devices()
   return {
@@ -365,17 +400,19 @@ def summary(experiment: Experiment) -> dict[str, str]:
       f"{split} {len(rows)}" for split, rows in experiment.samples.items()
     ),
     "frames": f"{config.data.loader.scan_frames} scanned, {num_keyframes}"
-    " shown",
+    f" shown in {num_slots} slots",
     "tokens per sample": f"{num_visual} visual, at most {prompt} in the"
     " longest question's prompt (limit"
     f" {config.prompt.max_tokens}),"
     f" up to {config.sampling.max_tokens} new",
-    "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts x {group}"
-    " completions; an epoch is"
+    "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts"
+    + (f" x {many} selections" if learns else "")
+    + f" x {group} completions; an epoch is"
     f" {len(experiment.samples['train']) // batch} updates",
     "memory": f"parameters {size / mib:.1f} MiB, Adam"
     f" {2 * trained_size / mib:.1f}, reference {trained_size / mib:.1f},"
-    f" key/value cache {cache / mib:.1f}",
+    f" layers to decode with {copied / mib:.1f}, key/value cache"
+    f" {cache / mib:.1f}",
     "peak": f"{experiment.peak.flops_per_s / 1e12:.3g} TFLOP/s"
     f" ({experiment.peak.source})",
     "kept in": str(experiment.workdir),
@@ -537,15 +574,18 @@ def make_sample_steps(
   )
 
 
-def shown_frames(prepared: views.Prepared) -> np.ndarray:
-  """The frames of a batch that its views show: uint8[B, n, height, width, 3].
+def shown_frames(
+  prepared: views.Prepared, *, blank: bool = False
+) -> np.ndarray:
+  """The frames of a batch's slices: uint8[B, n * F, height, width, 3].
 
-  They lie in blocks of K: keyframes, uniform frames, a blank one. Blocks after
-  the last one shown are left out, so that n depends on the arms alone.
+  Slice after slice, for `make_views.patches`: first the keyframes' slots, then
+  what only other arms show. The blank slice, which is the last, is there where
+  a view shows it, and with `blank`.
   """
-  num_slots = prepared.keyframes.index.shape[1]
-  last = max(int(view.frame.max()) for view in prepared.view.values())
-  return prepared.frames[:, : (last // num_slots + 1) * num_slots]
+  count = prepared.slices.shape[1] if blank else prepared.num_shown
+  frame = prepared.slices[:, :count].reshape(len(prepared.slices), -1)
+  return prepared.frames[np.arange(len(frame))[:, None], frame]
 
 
 def make_encode_step(experiment: Experiment):
@@ -591,6 +631,8 @@ class Stream:
     batch_size: videos a batch, of this process.
     first: number of the first batch; it seeds the permutations.
     loader_state: to go on after, from an earlier batch; None starts anew.
+    views_made: False gives the loader's batches as they are, where what a view
+      shows is not known ahead.
 
   Attributes:
     prepare_s: seconds that it took to make the newest batch.
@@ -605,12 +647,14 @@ class Stream:
     batch_size: int,
     first: int = 0,
     loader_state: dict | None = None,
+    views_made: bool = True,
   ):
     self._loader = experiment.loader(split, batch_size=batch_size)
     if loader_state is not None:
       self._loader.set_state(loader_state)
     self._experiment = experiment
     self._arms = tuple(arms)
+    self._views_made = views_made
     self._next = first
     self.prepare_s = 0.0
     self._queue = queue.Queue(maxsize=1)
@@ -629,9 +673,11 @@ class Stream:
           finally:
             if self._loader.skipped_total > known:
               list_skipped(self._experiment.workdir, self._loader.skipped)
-          prepared = self._experiment.make_views(
-            batch, self._arms, draw=self._next
-          )
+          prepared = batch
+          if self._views_made:
+            prepared = self._experiment.make_views(
+              batch, self._arms, draw=self._next
+            )
         self._next += 1
         spent_s = time.perf_counter() - begin
         self._offer((prepared, self._loader.get_state(), spent_s))
@@ -645,7 +691,7 @@ class Stream:
       except queue.Full:
         continue
 
-  def __next__(self) -> tuple[views.Prepared, dict]:
+  def __next__(self) -> tuple[views.Prepared | pipeline.Batch, dict]:
     """The next batch and the loader state that follows it."""
     item = self._queue.get()
     if isinstance(item, Exception):

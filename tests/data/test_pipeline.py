@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cf_jax.data import pipeline, records, synthetic, video
 
@@ -132,6 +133,53 @@ def test_unreadable_videos_are_skipped_counted_and_listed(samples, tmp_path):
   with pytest.raises(ValueError, match="max_skip_fraction.*gone.mp4"):
     for _ in range(5):
       next(loader)
+
+
+@pytest.fixture(scope="module")
+def mixed(samples, tmp_path_factory):
+  """A video, a picture, another video and a picture that was cut short."""
+  folder = tmp_path_factory.mktemp("pictures")
+  pixels = np.random.default_rng(0).integers(0, 256, (28, 56, 3), np.uint8)
+  for name in ("whole.png", "cut.jpg"):
+    Image.fromarray(pixels).save(folder / name)
+  content = (folder / "cut.jpg").read_bytes()
+  (folder / "cut.jpg").write_bytes(content[:-300])
+  rows = [
+    samples[0],
+    samples[1]._replace(video=str(folder / "whole.png")),
+    samples[2],
+    samples[3]._replace(video=str(folder / "cut.jpg")),
+  ]
+  return pixels, rows
+
+
+def test_pictures_and_videos_in_one_batch(mixed):
+  pixels, rows = mixed
+  loader = _loader(rows, shuffle=False, batch_size=3, max_skip_fraction=0.25)
+  batch = next(loader)
+  assert batch.sample_index.tolist() == [0, 1, 2]
+  assert batch.scan_mask.sum(axis=1).tolist() == [8, 1, 8]
+  assert not batch.scan_time_s[1].any() and not batch.frame_index[1].any()
+  assert not batch.scan[1, 1:].any()
+  next(loader)  # past the picture that cannot be read
+  assert list(loader.skipped) == [rows[3].video]
+  assert "not a whole picture" in loader.skipped[rows[3].video]
+  kept, skipped = pipeline.readable(rows, max_skip_fraction=0.25)
+  assert kept == rows[:3] and skipped == loader.skipped
+  assert _equal(pipeline.collate(kept, np.arange(3), **SCAN), batch)
+  again, lost = pipeline.collate_readable(
+    rows[1:], np.arange(1, 4), batch_size=3, **SCAN
+  )
+  assert again.samples == [rows[1], rows[2], rows[2]] and lost == skipped
+  np.testing.assert_array_equal(again.scan[0], batch.scan[1])
+
+
+def test_the_reader_reads_pictures(mixed):
+  pixels, rows = mixed
+  reader = pipeline.FrameReader((28, 56), cache_mib=1, num_threads=2)
+  frames = reader.read(rows[:2], np.array([[3, 5], [0, 0]]))
+  np.testing.assert_array_equal(frames[1], [pixels] * 2)
+  assert np.any(frames[0, 0] != frames[0, 1])
 
 
 def test_sizes_that_cannot_work(samples):

@@ -128,7 +128,7 @@ def test_summary_counts(experiment):
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert f"{count / 1e6:.2f} M parameters" in rows["policy"]
   assert "train 16, dev 8, test 10" in rows["samples"]
-  assert rows["frames"] == "64 scanned, 4 shown"
+  assert rows["frames"] == "64 scanned, 4 shown in 4 slots"
   assert rows["tokens per sample"].startswith("8 visual, ")  # 4 x 1 x 2
   assert "4 updates of 4 prompts x 2" in rows["KF-GRPO"]
   assert "epoch is 4 updates" in rows["KF-GRPO"]
