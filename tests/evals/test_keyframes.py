@@ -104,3 +104,11 @@ def test_impossible_transitions_are_an_error(cuts, says):
 def test_a_frame_outside_the_video_is_an_error():
   with pytest.raises(ValueError, match="from 0 to 39"):
     keyframes.shots_seen([40], [(10, 10)], 40)
+
+
+def test_evidence_hits():
+  """Ends count; two keyframes in one interval are one hit; NaN is none."""
+  evidence = [((1.0, 2.0), (4.0, 4.5)), (), ((0.0, 9.0),)]
+  time_s = np.array([[1.0, 1.5, 4.6], [1.0, 2.0, 3.0], [np.nan] * 3])
+  hits, count = keyframes.evidence_hits(evidence, time_s)
+  assert hits.tolist() == [1, 0, 0] and count.tolist() == [2, 0, 1]
