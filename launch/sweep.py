@@ -1,0 +1,178 @@
+"""Runs the points of a config's `sweep`, one after the other, and tells.
+
+  python -m launch.sweep --config=configs/contrasts.py --out=runs/contrasts
+
+A config with a sweep has, beside `get_config`, a function
+
+  def sweep(add):
+    add("seed_0/grpo", arg="grpo", seed=0, **{"data.seed": 0})
+
+`add` takes the point's name (its folder under --out), the config's argument and
+overrides by dotted name. In a text, `{out}` stands for --out: a point may start
+from an earlier one (`{"sft.from_run": "{out}/seed_0/cold_start"}`), so points
+run in the order they were added. A point that is finished is not run again; one
+that was interrupted goes on from its checkpoint. A point that fails is said and
+the others go on; the exit code is then 1.
+
+After every point OUT/sweep.json (each point's settings and results) and
+OUT/sweep.md (held-out accuracy by view and task) are written anew. `--points`
+takes a part of them, by a regular expression on the names, so that several
+machines can share a sweep with a common folder.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Point(NamedTuple):
+  """One run of a sweep."""
+
+  name: str
+  arg: str | None
+  overrides: dict[str, Any]
+
+
+def collect(sweep: Callable) -> list[Point]:
+  """The points that a config's `sweep` adds.
+
+  Raises:
+    ValueError: a name given twice, or one that is no relative path.
+  """
+  points: list[Point] = []
+
+  def add(name: str, *, arg: str | None = None, **overrides) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name:
+      raise ValueError(
+        f"a point's name is words with slashes between, got {name!r}"
+      )
+    if name in {point.name for point in points}:
+      raise ValueError(f"two points are named {name!r}")
+    points.append(Point(name, arg, overrides))
+
+  sweep(add)
+  return points
+
+
+def command(point: Point, config: str, out: pathlib.Path) -> list[str]:
+  """The command line of a point."""
+
+  def text(value):
+    return value.replace("{out}", str(out)) if isinstance(value, str) else value
+
+  return [
+    sys.executable,
+    "-m",
+    "cf_jax.main",
+    f"--config={config}" + (f":{point.arg}" if point.arg else ""),
+    f"--workdir={out / point.name}",
+    *(
+      f"--config.{key}={text(value)}" for key, value in point.overrides.items()
+    ),
+  ]
+
+
+def is_finished(workdir: pathlib.Path) -> bool:
+  """A run writes its report last."""
+  return (workdir / "report.html").is_file()
+
+
+def table(done: Sequence[tuple[Point, dict]]) -> str:
+  """Markdown: a row for every point, stage and view."""
+  tasks = sorted(
+    {
+      row["task"]
+      for _, results in done
+      for row in results["evaluations"]
+      if row["task"] != "all"
+    }
+  ) + ["all"]
+  lines = [
+    "Held-out accuracy, %.",
+    "",
+    "| point | stage | view | " + " | ".join(tasks) + " |",
+    "|---|---|---|" + "---|" * len(tasks),
+  ]
+  for point, results in done:
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in results["evaluations"]:
+      key = row["stage"], row["view"]
+      cells.setdefault(key, {})[row["task"]] = row["accuracy"]
+    for (stage, view), at in cells.items():
+      shown = [f"{100 * at[t]:.1f}" if t in at else "" for t in tasks]
+      lines.append(
+        f"| {point.name} | {stage} | {view} | " + " | ".join(shown) + " |"
+      )
+  return "\n".join(lines) + "\n"
+
+
+def write(points: Sequence[Point], out: pathlib.Path) -> None:
+  """sweep.json and sweep.md of the points that are finished."""
+  done = [
+    (point, json.loads((out / point.name / "results.json").read_text("utf-8")))
+    for point in points
+    if is_finished(out / point.name)
+  ]
+  made = [point._asdict() | {"results": results} for point, results in done]
+  for name, text in (
+    ("sweep.json", json.dumps(made, indent=1) + "\n"),
+    ("sweep.md", table(done) if done else "no point is finished yet\n"),
+  ):
+    new = out / f".{name}.new"
+    new.write_text(text, "utf-8")
+    new.replace(out / name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs what is missing; the exit code is 1 where a point failed."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--out", required=True, type=pathlib.Path)
+  parser.add_argument("--points", default="", help="regular expression")
+  args = parser.parse_args(argv)
+  found = runpy.run_path(args.config)
+  if "sweep" not in found:
+    parser.error(f"{args.config} has no sweep(add)")
+  points = collect(found["sweep"])
+  mine = [point for point in points if re.search(args.points, point.name)]
+  if not mine:
+    names = ", ".join(point.name for point in points[:5])
+    parser.error(f"--points={args.points} matches none of {names}, ...")
+  args.out.mkdir(parents=True, exist_ok=True)
+  out = args.out.absolute()
+  failed, spent, ran = [], 0.0, 0
+  missing = [point for point in mine if not is_finished(out / point.name)]
+  print(f"{len(mine)} points, {len(missing)} to run", flush=True)
+  for number, point in enumerate(missing):
+    left = ""
+    if ran:
+      minutes = spent / ran * (len(missing) - number) / 60
+      left = f", about {minutes:.0f} min left"
+    print(f"[{number + 1}/{len(missing)}] {point.name}{left}", flush=True)
+    begin = time.monotonic()
+    code = subprocess.run(command(point, args.config, out)).returncode
+    spent, ran = spent + time.monotonic() - begin, ran + 1
+    if code in (130, -2):
+      return 130
+    if code:
+      failed.append(point.name)
+      print(f"{point.name} failed with exit code {code}", flush=True)
+    write(points, out)
+  write(points, out)
+  print((out / "sweep.md").read_text("utf-8"))
+  if failed:
+    print(f"failed: {', '.join(failed)}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,145 @@
+"""The sweep runs what is missing, in order, and tells; contrasts by hand."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import contrasts
+from launch import sweep
+
+CONFIG = """
+def get_config(arg=None):
+  return {}
+
+def sweep(add):
+  add("one/start", arg="cold", **{"data.seed": 3})
+  add("one/next", **{"sft.from_run": "{out}/one/start", "seed": 1})
+  add("two")
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text(CONFIG)
+  return path
+
+
+def _finish(workdir, accuracy):
+  workdir.mkdir(parents=True)
+  rows = [
+    dict(stage="rl", view="keyframes", task=task, accuracy=accuracy)
+    for task in ("needle", "all")
+  ]
+  (workdir / "results.json").write_text(json.dumps({"evaluations": rows}))
+  (workdir / "report.html").write_text("")
+
+
+def test_runs_what_is_missing_and_tells(config, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "out"
+  _finish(out / "one" / "start", 0.25)
+  ran = []
+
+  def run(command):
+    ran.append(command)
+    workdir = pathlib.Path(command[4].partition("=")[2])
+    failed = workdir.name == "two"
+    if not failed:
+      _finish(workdir, 0.5)
+    return subprocess.CompletedProcess(command, 2 * failed)
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
+  assert sweep.main([f"--config={config}", f"--out={out}"]) == 1
+  assert ran[0] == [
+    sys.executable,
+    "-m",
+    "cf_jax.main",
+    f"--config={config}",
+    f"--workdir={out}/one/next",
+    f"--config.sft.from_run={out}/one/start",
+    "--config.seed=1",
+  ]
+  assert len(ran) == 2
+  said = capsys.readouterr()
+  assert "two failed with exit code 2" in said.out
+  assert "3 points, 2 to run" in said.out and "min left" in said.out
+  text = (out / "sweep.md").read_text()
+  assert "| one/start | rl | keyframes | 25.0 | 25.0 |" in text
+  assert "| one/next | rl | keyframes | 50.0 | 50.0 |" in text
+  kept = json.loads((out / "sweep.json").read_text())
+  assert [point["name"] for point in kept] == ["one/start", "one/next"]
+  assert kept[0]["overrides"] == {"data.seed": 3}
+  # Finished points are not run again; the one that failed is.
+  ran.clear()
+  sweep.main([f"--config={config}", f"--out={out}"])
+  assert [command[4].rpartition("/")[2] for command in ran] == ["two"]
+
+
+def test_a_part_of_the_points(config, tmp_path, monkeypatch):
+  ran = []
+  monkeypatch.setattr(
+    sweep.subprocess,
+    "run",
+    lambda command: ran.append(command) or subprocess.CompletedProcess([], 0),
+  )
+  flags = [f"--config={config}", f"--out={tmp_path / 'out'}"]
+  assert sweep.main([*flags, "--points=^one/"]) == 0
+  assert [command[4].rpartition("/")[2] for command in ran] == ["start", "next"]
+  assert ran[0][3].endswith("config.py:cold")
+  with pytest.raises(SystemExit):
+    sweep.main([*flags, "--points=three"])
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "/x", "x/", ""])
+def test_names_are_folders_inside(name):
+  with pytest.raises(ValueError, match="words with slashes"):
+    sweep.collect(lambda add: add(name))
+
+
+def test_a_name_twice():
+  def twice(add):
+    add("x")
+    add("x", arg="y")
+
+  with pytest.raises(ValueError, match="two points"):
+    sweep.collect(twice)
+
+
+def test_contrasts_by_hand(tmp_path):
+  def run(needle, order):
+    return {
+      (view, task): value
+      for view in contrasts.VIEWS
+      for task, value in (
+        ("needle", needle),
+        ("order_two", order),
+        ("all", 0.0),
+      )
+    }
+
+  seeds = [
+    {
+      "uniform_grpo": run(0.4, 0.4),
+      "tad_grpo": run(0.6, 0.6 + step),  # 0.2 and 0.2 + step / 2 above
+      "tad_tgrpo": run(0.6, 0.6),
+      "tad_kfgrpo": run(0.7, 0.7),
+      "tad_placebo": run(0.6, 0.6),
+      "tad_placebo_prompt": run(0.7, 0.7),
+    }
+    for step in (0.0, 0.2)
+  ]
+  found = contrasts.contrasts(seeds)
+  a, b, c = found.values()
+  assert a["mean"] == pytest.approx(0.25)
+  np.testing.assert_allclose(a["each"], [0.2, 0.3])
+  # Two seeds: t(1) of 0.975 is 12.706, the error of the mean 0.05.
+  assert a["low"] == pytest.approx(0.25 - 12.706 * 0.05, abs=1e-4)
+  assert b["mean"] == pytest.approx(0.1) and c["mean"] == pytest.approx(0.05)
+  assert a["p_holm"] >= a["p"]
+  assert "| b) KF-GRPO - T-GRPO, TAD | 10.0 |" in contrasts.table(found)
+  contrasts.draw(seeds, tmp_path / "plot.png", task="order_two")
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
