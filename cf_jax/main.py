@@ -15,7 +15,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-PROGRAMS = ("train", "ask", "export", "keyframes")
+PROGRAMS = ("train", "ask", "export", "keyframes", "select_data", "amplify")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",

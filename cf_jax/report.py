@@ -11,13 +11,14 @@ import base64
 import datetime
 import html
 import io
+import itertools
 import json
 import os
 import pathlib
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.axes
@@ -41,6 +42,7 @@ _RULE = "#dfe4ea"
 _BLUE = "#1f5fa8"  # TAD, and the policy after RL
 _GREY = "#8b97a3"  # uniform, and the policy before RL
 _AMBER = "#e8a33d"  # what is true: events
+_PARTS = (_BLUE, "#c3cad1", _GREY, _AMBER)  # kept, and what was not
 _SERIES = (_BLUE, "#c8553d", "#3f8f6b", "#8a5fa8", _AMBER, _GREY)
 
 _STYLE = {
@@ -67,6 +69,7 @@ _STRIP_COLUMNS = 8  # keyframes side by side; more go into further rows
 
 _STAGES = {"sft": "cold start", "rl": "KF-GRPO"}
 _BESIDE = {"video": "video (read ahead, beside the rest)"}
+_UNITS = {"video": "frames"}  # of the others: tokens
 _VIEWS = {
   "keyframes": "TAD keyframes",
   "tad": "TAD keyframes",
@@ -310,6 +313,68 @@ def keyframe_strip(
     _curve(axes, score, time_s, apex, (), marks, score_name)
     if lines == 1:  # lines would cross the pictures of further rows
       _connect(shown, axes, frame_s)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+  return path
+
+
+# ---------------------------------------------------------------- histograms
+
+
+class Histogram(NamedTuple):
+  """One panel of `histograms`.
+
+  Attributes:
+    title: of the panel.
+    label: of the horizontal axis.
+    edges: float[bins + 1].
+    parts: name -> values; the parts are stacked, the first one at the bottom.
+    limit: where a line is drawn, or None.
+  """
+
+  title: str
+  label: str
+  edges: np.ndarray
+  parts: dict[str, Sequence[float]]
+  limit: float | None
+
+
+def histograms(
+  path: str | os.PathLike, panels: Sequence[Histogram], *, count_label: str
+) -> pathlib.Path:
+  """Draws stacked histograms side by side.
+
+  Args:
+    path: of the PNG.
+    panels: at least one.
+    count_label: what is counted.
+
+  Returns:
+    The path.
+  """
+  path = pathlib.Path(path)
+  with matplotlib.rc_context(_STYLE):
+    figure = matplotlib.figure.Figure(
+      figsize=(5.4 * len(panels), 3.2), layout="constrained"
+    )
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    for number, panel in enumerate(panels, start=1):
+      axes = figure.add_subplot(1, len(panels), number)
+      axes.hist(
+        list(panel.parts.values()),
+        bins=panel.edges,
+        stacked=True,
+        rwidth=0.9,
+        color=[_PARTS[n % len(_PARTS)] for n in range(len(panel.parts))],
+        label=[f"{name} ({len(v)})" for name, v in panel.parts.items()],
+      )
+      if panel.limit is not None:
+        axes.axvline(panel.limit, color=_INK, linewidth=1, linestyle=":")
+      axes.set_title(panel.title)
+      axes.set_xlabel(panel.label)
+      axes.set_ylabel(count_label)
+      axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+      axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
   return path
@@ -597,6 +662,95 @@ def _one_video(name: str, record: dict) -> str:
   )
 
 
+def amplify_page(
+  path: str | os.PathLike, title: str, rows: Sequence[Mapping[str, Any]]
+) -> pathlib.Path:
+  """Writes the page of an iterated amplification.
+
+  Args:
+    path: of the page; the folders of the stages lie beside it.
+    title: heading.
+    rows: of `programs/amplify.py`, for every stage and task.
+
+  Returns:
+    The path.
+  """
+  path = pathlib.Path(path)
+  stages = list(dict.fromkeys(row["after"] for row in rows))
+  tasks = list(dict.fromkeys(row["task"] for row in rows))
+  lines = {
+    "accuracy, chosen frames": ("accuracy/chosen", _BLUE),
+    "accuracy, uniform frames": ("accuracy/uniform", _GREY),
+    "chosen frames with evidence": ("evidence/chosen", _AMBER),
+  }
+
+  def draw(axes, shown, task):
+    place = np.arange(len(stages))
+    for name, (key, color) in lines.items():
+      share = [row[key] for row in shown]
+      middle = np.array([100 * each["accuracy"] for each in share])
+      low, high = (
+        np.array([100 * each[end] for each in share]) for end in ("low", "high")
+      )
+      axes.plot(place, middle, "o-", color=color, label=name, markersize=4)
+      axes.fill_between(place, low, high, color=color, alpha=0.12, lw=0)
+    axes.set_xticks(place, [stage.replace("/", "\n") for stage in stages])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("%")
+    axes.set_title(task)
+    axes.legend(fontsize=7)
+
+  panels = []
+  with matplotlib.rc_context(_STYLE):
+    for task in tasks:
+      shown = [row for row in rows if row["task"] == task]
+      panels.append(
+        _panel(
+          f"{task} over the stages",
+          lambda axes, s=shown, t=task: draw(axes, s, t),
+          height=3.2,
+        )
+      )
+  cells = []
+  for row in rows:
+    stage = _text(row["after"])
+    pair = (row["accuracy/chosen"], row["accuracy/uniform"])
+    found = [each["accuracy"] for each in pair]
+    found += [row["lists/hit"], row["lists/readable"]]
+    linked = f'<a href="{stage}/{REPORT_FILE}">{stage}</a>'
+    if not (path.parent / row["after"] / REPORT_FILE).exists():
+      linked = stage
+    cells.append([linked, _text(row["task"]), *map(_percent, found)])
+  table = _table(
+    [
+      "after",
+      "task",
+      "chosen frames",
+      "uniform frames",
+      "lists that hit",
+      "lists readable",
+    ],
+    cells,
+  )
+  body = (
+    "<section><h2>Answers on held-out videos</h2>"
+    "<p>The answerer sees the frames that the selector names, or uniform ones."
+    " Bands are 95 % intervals. A list hits where it can be read and names a"
+    " frame of the evidence.</p>"
+    f'<div class="grid">{"".join(panels)}</div>{table}</section>'
+  )
+  telemetry.write_text(
+    path,
+    _PAGE.format(
+      title=_text(title),
+      style=_CSS,
+      head=f"<h1>{_text(title)}</h1>",
+      body=body,
+    ),
+  )
+  return path
+
+
 def _read_json(path: pathlib.Path) -> dict:
   return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
@@ -636,10 +790,13 @@ def _panel(
   alt: str,
   draw: Callable[[matplotlib.axes.Axes], None],
   *,
+  width: float = 5.4,
   height: float = 2.7,
 ) -> str:
   """One small figure as an image tag; panels stack on a narrow screen."""
-  figure = matplotlib.figure.Figure(figsize=(5.4, height), layout="constrained")
+  figure = matplotlib.figure.Figure(
+    figsize=(width, height), layout="constrained"
+  )
   matplotlib.backends.backend_svg.FigureCanvasSVG(figure)
   draw(figure.add_subplot())
   memory = io.BytesIO()
@@ -1018,54 +1175,72 @@ def _cut(text: str, limit: int = 1500) -> str:
 
 
 def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
-  """Median seconds of each phase, which compiling does not move.
+  """Medians over the updates, which compiling does not move.
 
-  Where they were counted: tokens a second, and the share of the matmul peak.
+  Seconds of each phase and, where they were counted, its share of the
+  operations, its rate and its utilisation.
   """
-  tables = []
+  made = []
   timing = results.get("timing", {})
   for stage in dict.fromkeys(row["stage"] for row in metrics):
     rows = [row for row in metrics if row["stage"] == stage]
-    seconds, rates, shares = (
-      _medians(rows, prefix, suffix)
-      for prefix, suffix in (
-        ("time/", "_s"),
-        ("rate/", "_per_s"),
-        ("mfu/", ""),
+    seconds = _medians(rows, "time/", "_s")
+    if not max(seconds.values(), default=0.0) > 0:
+      continue
+    title = _STAGES.get(stage, stage)
+    shares = {
+      "of the seconds": _time_shares(rows),
+      "of the operations": _medians(rows, "work/", ""),
+    }
+    shares = {name: share for name, share in shares.items() if share}
+    columns = {
+      "median of an update": {
+        phase: f"{value:.3f} s" for phase, value in seconds.items()
+      },
+      **{
+        name: {phase: f"{value:.1%}" for phase, value in share.items()}
+        for name, share in shares.items()
+      },
+      "a second": {
+        phase: f"{value:,.0f} {_UNITS.get(phase, 'tokens')}"
+        for phase, value in _medians(rows, "rate/", "_per_s").items()
+      },
+      "of the peak (MFU)": {
+        phase: f"{value:.1%}"
+        for phase, value in _medians(rows, "mfu/", "").items()
+      },
+    }
+    columns = {name: cells for name, cells in columns.items() if cells}
+    order = sorted(seconds.keys() - {"step"}, key=lambda name: -seconds[name])
+    labels = {phase: _text(_BESIDE.get(phase, phase)) for phase in order}
+    if "step" in seconds:
+      labels["step"] = "<i>whole update</i>"
+    if shares:
+      made.append(
+        _panel(
+          f"What each phase of an update takes, {title}",
+          lambda axes, t=title, s=shares: _stacked(axes, s, title=t),
+          width=10.0,
+          height=1.0 + 0.4 * len(shares),
+        )
+      )
+    made.append(
+      _table(
+        [_text(title), *columns],
+        [
+          [label, *(cells.get(phase, "") for cells in columns.values())]
+          for phase, label in labels.items()
+        ],
       )
     )
-    whole = seconds.pop("step", None)
-    longest = max(seconds.values(), default=0.0)
-    if not longest > 0:
-      continue
-
-    def line(name, value, label, rates=rates, shares=shares, longest=longest):
-      cells = [label, f"{value:.3f} s"]
-      if rates:
-        cells.append(f"{rates[name]:,.0f}" if name in rates else "")
-      if shares:
-        cells.append(f"{shares[name]:.1%}" if name in shares else "")
-      width = 100 * min(value / longest, 1)
-      return [*cells, f'<div class="bar" style="width:{width:.1f}%"></div>']
-
-    lines = [
-      line(name, value, _text(_BESIDE.get(name, name)))
-      for name, value in sorted(seconds.items(), key=lambda p: -p[1])
-    ]
-    if whole is not None:
-      lines.append([*line("step", whole, "<i>whole update</i>")[:-1], ""])
-    head = [_text(_STAGES.get(stage, stage)), "median of an update"]
-    head += ["tokens / s"] * bool(rates) + ["of the peak"] * bool(shares)
-    tables.append(f'<div class="times">{_table([*head, ""], lines)}</div>')
   peak = (manifest.get("starts") or [{}])[-1].get("peak")
-  if tables and peak:
+  if made and peak:
     timing = timing | {
       "peak": f"{peak['flops_per_s'] / 1e12:.3g} TFLOP/s ({peak['source']})"
     }
   if timing:
-    tables.append(
-      '<div class="times">'
-      + _table(
+    made.append(
+      _table(
         ["run", ""],
         [
           [
@@ -1078,9 +1253,87 @@ def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
           if value is not None
         ],
       )
-      + "</div>"
     )
-  return f'<div class="grid">{"".join(tables)}</div>' if tables else ""
+  if not made:
+    return ""
+  return (
+    "<p>Operations are those of the matmuls that real tokens need, each pass"
+    " once. Seconds that no phase has are between the phases.</p>"
+    + "".join(made)
+  )
+
+
+def _time_shares(rows: list[dict]) -> dict[str, float]:
+  """Median share of a step's seconds of every phase that is part of it."""
+  divided = [
+    {
+      name: value / row["time/step_s"]
+      for name, value in row.items()
+      if name.startswith("time/") and value is not None
+    }
+    for row in rows
+    if row.get("time/step_s")
+  ]
+  shares = _medians(divided, "time/", "_s")
+  return {
+    phase: share
+    for phase, share in shares.items()
+    if phase != "step" and phase not in _BESIDE
+  }
+
+
+def _stacked(axes, bars: dict[str, dict[str, float]], *, title: str) -> None:
+  """A bar of 100 % for each entry, cut into phases."""
+  phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
+  # Phases with counted operations first, in the loop's order, in colours.
+  counted = [phase for phase in phases if phase in [*bars.values()][-1]]
+  others = [phase for phase in phases if phase not in counted]
+  bright = ("#2f93a8", *_SERIES[1:-1], _BLUE)
+  colors = dict(zip(counted, itertools.cycle(bright), strict=False))
+  greys = ("#5f6b77", "#a3adb7", "#c3cad2")
+  colors |= dict(zip(others, itertools.cycle(greys), strict=False))
+  for row, bar in enumerate(bars.values()):
+    start = 0.0
+    for phase in [*counted, *others]:
+      width = 100 * bar.get(phase, 0.0)
+      axes.barh(
+        row,
+        width,
+        left=start,
+        height=0.62,
+        color=colors[phase],
+        edgecolor="white",
+        linewidth=0.8,
+        label=phase if row == 0 else None,
+      )
+      if width >= 5:
+        axes.text(
+          start + width / 2,
+          row,
+          f"{width:.0f}",
+          ha="center",
+          va="center",
+          color="white",
+          fontsize=8.5,
+        )
+      start += width
+  axes.set_yticks(range(len(bars)), list(bars))
+  axes.tick_params(axis="y", length=0, labelcolor=_INK)
+  axes.set_ylim(len(bars) - 0.5, -0.5)
+  axes.set_xlim(0, 100)
+  axes.set_xlabel("share of an update (%)")
+  axes.set_title(title)
+  axes.spines["left"].set_visible(False)
+  axes.legend(
+    fontsize=8.5,
+    loc="lower right",
+    bbox_to_anchor=(1.0, 1.0),
+    ncols=len(phases),
+    handlelength=0.9,
+    handletextpad=0.4,
+    columnspacing=1.2,
+    borderaxespad=0.3,
+  )
 
 
 def _medians(rows: list[dict], prefix: str, suffix: str) -> dict[str, float]:
@@ -1196,10 +1449,6 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #dfe4ea;
   text-align: right; white-space: nowrap; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td i { color: #66727f; }
-.times table { width: 100%; }
-.times td:last-child { width: 35%; }
-.bar { height: .6rem; margin-top: .4rem; background: #1f5fa8;
-  border-radius: 2px; }
 article { border: 1px solid #dfe4ea; border-radius: 8px; padding: .9rem 1rem; }
 pre { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }

@@ -140,6 +140,30 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
   return samples
 
 
+def to_jsonl(samples: Sequence[Sample]) -> str:
+  """A manifest from which `load_jsonl` reads the same samples again.
+
+  All but `source`, which is then the manifest's name. Answers to questions with
+  options are written as the option's text: among options that are letters
+  themselves a letter would name another one.
+  """
+  lines = []
+  for sample in samples:
+    row = {name: getattr(sample, name) for name in _FIELDS}
+    if sample.options:
+      number = string.ascii_uppercase.index(sample.answer)
+      row["answer"] = sample.options[number]
+    row["video"] = str(pathlib.Path(sample.video).absolute())
+    # No evidence is said too: start_s to end_s would take its place.
+    kept = {
+      name: value
+      for name, value in row.items()
+      if value not in (None, "", ()) or name == "evidence"
+    }
+    lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+  return "".join(lines)
+
+
 def _read_line(
   line: str, where: str, number: int, path: pathlib.Path
 ) -> Sample:

@@ -182,3 +182,24 @@ def test_bad_truths_name_their_field(tmp_path, change, message):
   with pytest.raises(ValueError) as caught:
     records.load_jsonl(_manifest(tmp_path, PLAIN | change))
   assert message in str(caught.value)
+
+
+def test_a_manifest_is_read_back_as_it_was(tmp_path):
+  rows = [
+    # Letters as options: a letter would name another one.
+    GOOD | {"options": ["B", "A"], "answer": "A", "evidence": [[1, 2]]},
+    GOOD | {"start_s": 1, "end_s": 2, "evidence": [], "task": "\u4e00"},
+    {"video": "/v/a.mp4", "question": "How many?", "answer": 3, "id": 9},
+    {"video": "a.mp4", "question": "When?", "kind": "interval"}
+    | {"start_s": 0.125, "end_s": 2},
+    {"video": "a.mp4", "question": "Where?", "kind": "tracking"}
+    | {"boxes": [[0.1, 0.2, 0.3, 0.4]]},
+    {"video": "a.mp4", "question": "What?", "kind": "caption"}
+    | {"events": ["a", "b"], "reasoning": "why"},
+  ]
+  samples = records.load_jsonl(_manifest(tmp_path, *rows))
+  folder = tmp_path / "elsewhere"
+  folder.mkdir()
+  (folder / "my.jsonl").write_text(records.to_jsonl(samples))
+  assert records.load_jsonl(folder / "my.jsonl") == samples
+  assert samples[0].answer == "B"  # the text "A" is the second option
