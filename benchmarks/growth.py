@@ -49,7 +49,7 @@ TEXT = 64  # tokens beside the frames
 
 
 def make_config(tiny: bool):
-  """A policy of 7M parameters whose longest update fits a laptop."""
+  """A policy of 3M parameters whose longest update fits a laptop."""
   return peers.make_config(
     "tiny",
     vocab_size=512 if tiny else 8_192,

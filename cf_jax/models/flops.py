@@ -135,7 +135,7 @@ def grpo_step(
   num_shown: int,
   prompt: dict[str, np.ndarray],
   completion: np.ndarray,
-  uses_reference: bool = True,
+  num_references: int = 1,
 ) -> dict[str, float]:
   """Each phase of one reinforcement step.
 
@@ -150,7 +150,7 @@ def grpo_step(
     prompt: int[B] real slots of each arm; completions are sampled under
       "keyframes" and scored under the others.
     completion: int[B, G] tokens, end tokens included.
-    uses_reference: whether the frozen reference scores them.
+    num_references: views under which the frozen reference scores them.
 
   Returns:
     Operations of `vision`, `prefill`, `decode`, `score`, `reference`, `update`.
@@ -168,7 +168,7 @@ def grpo_step(
     "prefill": read["keyframes"],
     "decode": told["keyframes"],
     "score": sum(read[arm] + told[arm] for arm in prompt if arm != "keyframes"),
-    "reference": again + decoder if uses_reference else 0.0,
+    "reference": num_references * (again + decoder),
     "update": update(trained, frozen, vision=again, decoder=decoder)
     if trained
     else 0.0,

@@ -566,6 +566,27 @@ def _divide_backward(saved, grad):
 _divide.defvjp(_divide_forward, _divide_backward)
 
 
+def _middle(key):
+  """What the keys of a row share, [B, S, M, H] -> float32[B, 1, M, H], or None.
+
+  The softmax does not see it. In bfloat16 a query's gradient does: its weights'
+  gradients are rounded and no longer add up to 0, and what is left multiplies
+  what all keys share, which the biases of Qwen2.5's keys make large.
+  """
+  if key.dtype != jnp.bfloat16:
+    return None
+  return jax.lax.stop_gradient(
+    jnp.mean(key.astype(jnp.float32), axis=1, keepdims=True)
+  )
+
+
+def _without(key, middle):
+  """Keys less what they share."""
+  if middle is None:
+    return key
+  return (key.astype(jnp.float32) - middle).astype(key.dtype)
+
+
 def attend(
   query: jax.Array,
   key: jax.Array,
@@ -600,6 +621,7 @@ def attend(
   if kernel == "splash" and key.shape[1] < kernels.SPLASH_BLOCK:
     kernel = "xla"
   if kernel == "xla":
+    key = _without(key, _middle(key))
     mixed, total, _ = _partial(query, key, value, mask, causal)
     return _divide(mixed, total).reshape(query.shape).astype(value.dtype)
   if mask is not None:
@@ -643,6 +665,10 @@ def attend_shared(
     float[B, G, Q, N, H] in value's dtype.
   """
   rows, group, num_queries, num_heads, width = query.shape
+  if causal:  # whole completions, whose gradient is taken
+    middle = _middle(prefix_key)
+    prefix_key = _without(prefix_key, middle)
+    key = _without(key, None if middle is None else middle[:, None])
 
   def merge(x):  # [B, G, ...] -> [B * G, ...]
     return x.reshape(-1, *x.shape[2:])

@@ -315,7 +315,9 @@ class Collector:
           self._ask_reference(view["keyframes"], pixel, encoded, rollout)
         )
         if self._contrastive:
-          under = self._ask_reference(view["shuffled"], pixel, encoded, rollout)
+          under = jax.block_until_ready(
+            self._ask_reference(view["shuffled"], pixel, encoded, rollout)
+          )
 
     with timer("reward"):
       scored = self._reward(
@@ -348,7 +350,7 @@ class Collector:
       prepared,
       mask,
       scored=names,
-      uses_reference=self._uses_reference,
+      num_references=self._uses_reference + self._contrastive,
     )
     return Collected(prepared, token, mask, verdict, scored, experience)
 
@@ -583,6 +585,15 @@ def train_policy(
           | mean_metrics(taught)
           | jax.device_get(update_metrics)
         )
+      work.count_policy_update(
+        timer,
+        experiment,
+        stage,
+        taken[-1].prepared,
+        taken[-1].mask,
+        times=config.updates_per_batch,
+        contrastive=bool(experiment.config.contrastive.weight),
+      )
       if metrics["nonfinite"]:
         raise FloatingPointError(
           f"reinforcement: non-finite gradient at update {step}; lower"

@@ -196,7 +196,10 @@ def apply_gradient(
   params = optax.apply_updates(state.params, updates)
 
   def keep(new, old):
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    # Gradients of several parts are float32, whatever the state is.
+    return jax.tree.map(
+      lambda a, b: jnp.where(finite, a.astype(b.dtype), b), new, old
+    )
 
   metrics = metrics | {
     "grad_norm": optax.tree.norm(grad),

@@ -25,9 +25,9 @@ def count_step(
   mask: np.ndarray,
   *,
   scored: Collection[str],
-  uses_reference: bool,
+  num_references: int,
 ) -> None:
-  """Tells the timer what the phases of a reinforcement step handled.
+  """Tells the timer what was handled from a batch to its advantages.
 
   `video` counts frames, the others tokens: `score` those of every view that
   the completions are scored under, prompts and completions.
@@ -38,11 +38,12 @@ def count_step(
     stage: says what is trained.
     prepared: the batch.
     mask: bool[B, G, C] the rollouts.
-    scored: names of the views that they are teacher-forced under.
-    uses_reference: whether the reference scores them.
+    scored: names of the views that they are teacher-forced under; the
+      keyframes among them where the trainer scores its own rollouts.
+    num_references: views under which the reference scores them.
   """
   view, completion = prepared.view, mask.sum(axis=2)
-  view = {arm: view[arm] for arm in ("keyframes", *scored)}
+  view = {arm: view[arm] for arm in {"keyframes": 0, **dict.fromkeys(scored)}}
   prompt = {arm: view[arm].prompt.mask.sum(axis=1) for arm in view}
   batch, num_slices = len(prepared.frames), prepared.num_shown
   read = {arm: int(length.sum()) for arm, length in prompt.items()}
@@ -54,13 +55,12 @@ def count_step(
     ("vision", batch * num_slices * num_visual),
     ("prefill", read["keyframes"]),
     ("decode", told),
-    ("score", sum(whole.values()) - whole["keyframes"]),
-    ("reference", uses_reference * whole["keyframes"]),
-    ("update", bool(stage.state.params) * whole["keyframes"]),
+    ("score", sum(whole[arm] for arm in scored)),
+    ("reference", num_references * whole["keyframes"]),
   ):
     if amount:
       timer.count(phase, amount)
-  for phase, operations in flops.grpo_step(
+  made = flops.grpo_step(
     experiment.model,
     stage.state.params,
     stage.frozen,
@@ -69,10 +69,53 @@ def count_step(
     num_shown=view["keyframes"].frame.size,
     prompt=prompt,
     completion=completion,
-    uses_reference=uses_reference,
-  ).items():
-    if operations:
+    num_references=num_references,
+  )
+  if "keyframes" in scored:
+    made["score"] += made["prefill"] + made["decode"]
+  for phase, operations in made.items():
+    if operations and phase != "update":
       timer.flops(phase, operations)
+
+
+def count_policy_update(
+  timer: telemetry.PhaseTimer,
+  experiment: experiment_lib.Experiment,
+  stage: experiment_lib.Stage,
+  prepared: views.Prepared,
+  mask: np.ndarray,
+  *,
+  times: int,
+  contrastive: bool,
+) -> None:
+  """Tells the timer what the updates of a step handled.
+
+  Args:
+    timer: of the loop.
+    experiment: from `experiment.build`.
+    stage: says what is trained.
+    prepared: the newest batch of the step; groups that came from an earlier one
+      are counted with its lengths.
+    mask: bool[B, G, C] its rollouts.
+    times: updates.
+    contrastive: whether they run under a second view too.
+  """
+  model, view = experiment.model, prepared.view["keyframes"]
+  prompt, completion = view.prompt.mask.sum(axis=1), mask.sum(axis=2)
+  passes = times * (1 + contrastive)
+  timer.count("update", passes * int(prompt.sum() + completion.sum()))
+  trained = stage.state.params
+  tower = 0.0
+  if "vision" in trained:
+    tower = flops.vision(model, view.frame.size, experiment.grid)
+  decoder = flops.prompts(model, prompt)
+  decoder += flops.completions(model, prompt, completion)
+  timer.flops(
+    "update",
+    flops.update(
+      trained, stage.frozen, vision=times * tower, decoder=passes * decoder
+    ),
+  )
 
 
 def count_update(

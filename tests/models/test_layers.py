@@ -311,6 +311,49 @@ def test_matmuls_of_a_gradient(remat, dots):
   )
 
 
+def test_what_all_keys_share_is_not_in_the_gradient_of_queries():
+  """In bfloat16, against float32: Qwen2.5's keys have large biases."""
+  rng = np.random.default_rng(0)
+  shape = (2, 24, 2, 8)
+  query, key, value, grad = (rng.normal(size=shape) for _ in range(4))
+  key = key + 100 * rng.normal(size=(1, 1, 2, 8))
+  own_mask = jnp.ones((1, 1, 8, 8), bool)
+
+  def alone(query, key, value):
+    return layers.attend(
+      query, key, value, None, implementation="xla", causal=True
+    )
+
+  def shared(query, key, value):
+    """The first 8 slots are the prompt, two completions of 8 follow."""
+    rest = (2, 2, 8, 2, 8)
+    return layers.attend_shared(
+      query[:, 8:].reshape(rest),
+      key[:, :8],
+      value[:, :8],
+      jnp.ones((2, 8), bool),
+      key[:, 8:].reshape(rest),
+      value[:, 8:].reshape(rest),
+      own_mask,
+      causal=True,
+    ).reshape(2, 16, 2, 8)
+
+  for attend, slots in ((alone, slice(None)), (shared, slice(8, None))):
+
+    def gradient(dtype, attend=attend, slots=slots):
+      args = [
+        jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (query, key, value)
+      ]
+      wanted = jnp.asarray(grad[:, slots], jnp.float32)
+      return jax.grad(
+        lambda q: jnp.sum(attend(q, *args[1:]).astype(jnp.float32) * wanted)
+      )(args[0]).astype(jnp.float32)
+
+    exact = gradient("float32")
+    off = jnp.linalg.norm(gradient("bfloat16") - exact)
+    assert off < 0.02 * jnp.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
   ("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 3e-2)]

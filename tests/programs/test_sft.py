@@ -193,3 +193,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     strict=True,
   ):
     np.testing.assert_array_equal(before, after)
+
+
+def test_a_bfloat16_state_stays_so_under_float32_gradients():
+  """Parts of a batch add up in float32; the next update must not recompile."""
+  params = {"kernel": jnp.ones(3, jnp.bfloat16)}
+  optimizer = optax.adam(1e-2)
+  state = TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    rng=jnp.zeros(2, jnp.uint32),
+  )
+  grad = {"kernel": jnp.ones(3, jnp.float32)}
+  new, metrics = sft.apply_gradient(state, grad, {}, optimizer)
+  assert metrics["nonfinite"] == 0 and new.params["kernel"][0] < 1
+  assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+  for old, now in zip(jax.tree.leaves(state), jax.tree.leaves(new)):
+    assert old.dtype == now.dtype

@@ -67,15 +67,16 @@ class Notes(telemetry.PhaseTimer):
 
 
 @pytest.mark.parametrize(
-  ("scored", "uses_reference", "score", "reference"),
+  ("scored", "num_references", "score", "reference"),
   [
-    # 9 tokens of completions after 8 of prompts, in both views.
-    (("shuffled", "uniform"), True, 34, 17),
-    (("uniform",), False, 17, None),
-    ((), True, None, 17),
+    # 9 tokens of completions after 8 of prompts, in every view.
+    (("shuffled", "uniform"), 1, 34, 17),
+    (("uniform",), 0, 17, None),
+    ((), 1, None, 17),
+    (("shuffled", "keyframes"), 2, 34, 34),  # the rollouts themselves again
   ],
 )
-def test_a_step(made, scored, uses_reference, score, reference):
+def test_a_batch(made, scored, num_references, score, reference):
   experiment, stage = made
   notes = Notes()
   work.count_step(
@@ -85,7 +86,7 @@ def test_a_step(made, scored, uses_reference, score, reference):
     PREPARED,
     mask(COMPLETION, 4),
     scored=scored,
-    uses_reference=uses_reference,
+    num_references=num_references,
   )
   wanted = {
     "video": 13,
@@ -94,7 +95,6 @@ def test_a_step(made, scored, uses_reference, score, reference):
     "decode": 9,
     "score": score,
     "reference": reference,
-    "update": 17,
   }
   wanted = {phase: amount for phase, amount in wanted.items() if amount}
   assert notes.told == wanted
@@ -102,7 +102,39 @@ def test_a_step(made, scored, uses_reference, score, reference):
   forward = notes.operations["prefill"] + notes.operations["decode"]
   tower = flops.vision(experiment.model, 4, experiment.grid)
   assert notes.operations["vision"] == pytest.approx(2 * tower)
-  assert notes.operations["update"] == pytest.approx(3 * (tower + forward))
+  score_operations = notes.operations.get("score", 0)
+  if "keyframes" in scored:
+    assert score_operations == pytest.approx(2 * forward)
+  # Once more in the tower where it is trained.
+  assert notes.operations.get("reference", 0) == pytest.approx(
+    num_references * (tower + forward)
+  )
+
+
+@pytest.mark.parametrize(
+  ("times", "contrastive", "tokens"),
+  [(1, False, 17), (3, False, 51), (2, True, 68)],
+)
+def test_the_updates_of_a_step(made, times, contrastive, tokens):
+  experiment, stage = made
+  notes = Notes()
+  work.count_policy_update(
+    notes,
+    experiment,
+    stage,
+    PREPARED,
+    mask(COMPLETION, 4),
+    times=times,
+    contrastive=contrastive,
+  )
+  assert notes.told == {"update": tokens}
+  prompt, completion = np.array(LENGTH["keyframes"]), np.array(COMPLETION)
+  forward = flops.prompts(experiment.model, prompt) + flops.completions(
+    experiment.model, prompt, completion
+  )
+  tower = flops.vision(experiment.model, 4, experiment.grid)
+  expected = 3 * times * (tower + (1 + contrastive) * forward)
+  assert notes.operations["update"] == pytest.approx(expected)
 
 
 def test_an_update(made):
