@@ -30,7 +30,8 @@ def _as_keyframes(
 ) -> Keyframes:
   """Keyframes from frame numbers in pick order, T where none was left."""
   size = embedding.shape[0]
-  feature = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
+  feature = jnp.asarray(embedding)  # numpy cannot be indexed inside jit
+  feature = feature.astype(jnp.promote_types(feature.dtype, jnp.float32))
   order = order.astype(jnp.int32)
   index = jnp.sort(order)
   valid = index < size
@@ -60,10 +61,11 @@ def _as_keyframes(
 def _open(embedding: Array, mask: Array | None, num_keyframes: int) -> Array:
   """Checks a selector's arguments and returns the mask."""
   chex.assert_rank(embedding, 2)
-  if num_keyframes < 1:
-    raise ValueError(f"num_keyframes={num_keyframes}, expected at least 1")
+  tad.check_count("num_keyframes", num_keyframes)
+  tad.check_frames(embedding, mask)
   if mask is None:
     return jnp.ones(embedding.shape[0], bool)
+  mask = jnp.asarray(mask, bool)
   chex.assert_shape(mask, embedding.shape[:1])
   return mask
 
@@ -332,6 +334,10 @@ def select_videos(
   settings["num_keyframes"] = num_keyframes
   if name == "tad":
     return tad.select_videos(embedding, mask, rng=rng, query=query, **settings)
-  if rng is not None and rng.ndim == 0:
-    rng = jax.random.split(rng, embedding.shape[0])
+  tad.check_frames(embedding, mask)
+  mask = None if mask is None else jnp.asarray(mask, bool)
+  if rng is not None:
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if rng.ndim == (0 if typed else 1):  # an untyped key is two numbers
+      rng = jax.random.split(rng, embedding.shape[0])
   return _select_batch(name, embedding, mask, rng, query, **settings)

@@ -21,6 +21,8 @@ Everything is computed in float32, in float64 for float64 input.
 """
 
 import functools
+import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -48,11 +50,12 @@ def _as_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
   """A bool array of that shape; None stays None."""
   if mask is None:
     return None
+  mask = jnp.asarray(mask, bool)
   if mask.shape != shape:
     raise ValueError(
       f"mask has shape {mask.shape}, expected {shape}, an entry for every frame"
     )
-  return jnp.asarray(mask, bool)
+  return mask
 
 
 def _real_first(mask: Array) -> Array:
@@ -85,8 +88,21 @@ def _count(num_frames: int, mask: Array | None) -> Array:
   return jnp.sum(mask).astype(jnp.int32)
 
 
-def _require_finite(embedding: Array, mask: Array | None) -> None:
-  """Raises on NaN or inf in a real frame; inside jit it can only wait."""
+def check_frames(embedding: Array, mask: Array | None) -> None:
+  """Checks the frames of one or more videos.
+
+  Args:
+    embedding: float[..., T, E].
+    mask: bool[..., T] or None.
+
+  Raises:
+    ValueError: there is no frame, or NaN or inf in a real one; inside jit the
+      latter can only wait.
+  """
+  if not embedding.shape[-2]:
+    raise ValueError(
+      f"embedding has shape {embedding.shape}, expected at least one frame"
+    )
   if any(isinstance(x, jax.core.Tracer) for x in (embedding, mask)):
     return
   with jax.ensure_compile_time_eval():  # a constant of someone else's jit
@@ -102,6 +118,29 @@ def _require_finite(embedding: Array, mask: Array | None) -> None:
     )
 
 
+def _check_bonus(
+  bonus: Array | None, mask: Array | None, shape: tuple[int, ...]
+) -> None:
+  """Raises on another shape, and on NaN as `check_frames` does."""
+  if bonus is None:
+    return
+  if jnp.shape(bonus) != shape:
+    raise ValueError(
+      f"bonus has shape {jnp.shape(bonus)}, expected {shape}, a number for"
+      " every frame"
+    )
+  if any(isinstance(x, jax.core.Tracer) for x in (bonus, mask)):
+    return
+  with jax.ensure_compile_time_eval():
+    bad = jnp.isnan(jnp.asarray(bonus))
+    bad = bad if mask is None else bad & _as_mask(mask, shape)
+    number = int(jnp.sum(bad))
+  if number:
+    raise ValueError(
+      f"bonus is NaN in {number} of {bad.size} frames, expected a number"
+    )
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
   if value not in choices:
     raise ValueError(
@@ -110,15 +149,35 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _check_scales(scales: Sequence[int]) -> tuple[int, ...]:
-  scales = tuple(scales)
-  if not scales or min(scales) < 1:
-    raise ValueError(f"scales={scales}, expected window lengths of at least 1")
-  return scales
+  found = tuple(scales) if isinstance(scales, Iterable) else ()
+  whole = all(isinstance(scale, numbers.Integral) for scale in found)
+  if not found or not whole or min(found) < 1:
+    raise ValueError(
+      f"scales={scales}, expected window lengths, whole numbers of at least 1"
+    )
+  return found
 
 
-def _check_positive(name: str, value: int) -> None:
-  if value < 1:
-    raise ValueError(f"{name}={value}, expected at least 1")
+def check_count(name: str, value: int) -> None:
+  """Raises ValueError where value is no whole number of at least 1."""
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise ValueError(f"{name}={value}, expected a whole number, at least 1")
+
+
+def _check_smoothing(smoothing: float) -> None:
+  if not smoothing >= 0:  # NaN too
+    raise ValueError(f"smoothing={smoothing}, expected 0 or more frames")
+
+
+def _check_numbers(
+  *, gate: float = 0.0, softness: float = 1.0, temperature: float = 1.0, **_
+) -> None:
+  """Raises on settings that mean nothing; traced ones are taken as they are."""
+  for name, value in (("softness", softness), ("temperature", temperature)):
+    if isinstance(value, numbers.Real) and not value > 0:
+      raise ValueError(f"{name}={value}, expected a number above 0")
+  if isinstance(gate, numbers.Real) and not math.isfinite(gate):
+    raise ValueError(f"gate={gate}, expected a finite number")
 
 
 # Stage 1: variation scoring ---------------------------------------------------
@@ -152,13 +211,23 @@ def temporal_median(embedding: Array, mask: Array | None = None) -> Array:
   return _spread(windows.median_of_three(feature, count).T, mask).T
 
 
+def _over_norms(dot: Array, left: Array, right: Array) -> Array:
+  """dot / sqrt(left right); 0, with zero gradient, beside a zero vector.
+
+  The roots one by one: the product of two squared norms leaves float32 for
+  embeddings of 1e-11 or 1e9.
+  """
+  empty = (left == 0) | (right == 0)  # not > 0, which would hide a NaN
+  cosine = dot / jnp.sqrt(jnp.where(empty, 1, left))
+  return jnp.where(empty, 0, cosine / jnp.sqrt(jnp.where(empty, 1, right)))
+
+
 def _distance(dot: Array, before: Array, after: Array, metric: str) -> Array:
   """Distance of two vectors from their dot product and squared norms."""
   if metric == "cosine":
-    norm = before * after
-    empty = norm == 0  # not norm > 0, which would hide a NaN
-    root = jnp.sqrt(jnp.where(empty, 1, norm))
-    return jnp.where(empty, 0, jnp.maximum(1 - dot / root, 0))
+    empty = (before == 0) | (after == 0)
+    away = 1 - _over_norms(dot, before, after)
+    return jnp.where(empty, 0, jnp.maximum(away, 0))
   total = before + after
   square = (total - 2 * dot) / jnp.where(total == 0, 1, total)
   equal = square <= 0
@@ -235,7 +304,8 @@ def variation_scores(
     embedding: float[T, E] one embedding per scanned frame.
     mask: bool[T] real frames; None means all.
     metric: "cosine", `1 - cos(a, b)`, or "l2", `|a - b| / sqrt(|a|^2 + |b|^2)`,
-      which sees a change of length too. Neither changes with the scale of f.
+      which sees a change of length too. Neither changes with the scale of f
+      (in float32, for embeddings of 1e-15 to 1e15).
     scales: window lengths in frames.
     median: take the temporal median first.
     smoothing: standard deviation in frames of a Gaussian over v, 0 for none.
@@ -250,9 +320,8 @@ def variation_scores(
   chex.assert_rank(embedding, 2)
   _check_choice("metric", metric, ("cosine", "l2"))
   scales = _check_scales(scales)
-  if smoothing < 0:
-    raise ValueError(f"smoothing={smoothing}, expected 0 or more frames")
-  _require_finite(embedding, mask)
+  _check_smoothing(smoothing)
+  check_frames(embedding, mask)
   mask = _as_mask(mask, embedding.shape[:1])
   feature = _gather(_widen(embedding), mask)
   count = _count(embedding.shape[0], mask)
@@ -289,6 +358,7 @@ def score_chunks(
     float[T] of all frames.
   """
   scales = _check_scales(scales)
+  _check_smoothing(smoothing)
   reach = max(scales) + 1  # frames on either side that a score depends on
   held, done, scores = None, 0, []
   settings["scales"] = scales
@@ -395,11 +465,17 @@ def _stand_alone(
   value: Array, inside: Array, contrast: float, reach: int
 ) -> Array:
   """Places `contrast` times as high as the mean of those within reach."""
-  height = jnp.where(inside, value, 0)
-  around, number = jnp.zeros_like(value), jnp.zeros_like(value)
-  for step in (s for n in range(1, reach + 1) for s in (-n, n)):
-    around += _shift(height, step)
-    number += _shift(inside.astype(value.dtype), step)
+  size = value.shape[0]
+  reach = min(reach, size)
+  if not reach:
+    return value >= 0
+
+  def beside(entry):
+    total = windows.window_sums(jnp.pad(entry, reach), reach)
+    return total[:size] + total[reach + 1 :]
+
+  around = beside(jnp.where(inside, value, 0))
+  number = beside(inside.astype(value.dtype))
   return value * jnp.maximum(number, 1) >= contrast * around
 
 
@@ -489,10 +565,14 @@ def detect_inflections(
 
   Returns:
     apex bool[T] and strength float[T], False and 0 where masked.
+
+  Raises:
+    ValueError: a setting out of range.
   """
   chex.assert_rank(variation, 1)
   _check_choice("strength", strength, ("soft", "hard"))
-  _check_positive("min_gap", min_gap)
+  check_count("min_gap", min_gap)
+  _check_numbers(gate=gate, softness=softness)
   mask = _as_mask(mask, variation.shape)
   value = _gather(_widen(variation), mask)
   count = _count(variation.shape[0], mask)
@@ -540,7 +620,7 @@ def uniform_index(mask: Array, num_keyframes: int) -> Array:
     come first and the other slots hold T.
   """
   chex.assert_rank(mask, 1)
-  _check_positive("num_keyframes", num_keyframes)
+  check_count("num_keyframes", num_keyframes)
   mask = _as_mask(mask, mask.shape)
   count = _count(mask.shape[0], mask)
   index = _uniform(count, num_keyframes)
@@ -675,25 +755,24 @@ def _dot(weight: Array, feature: Array) -> Array:
   return jnp.matmul(weight, feature, precision=jax.lax.Precision.HIGHEST)
 
 
-def _over_norm(dot: Array, norm: Array) -> Array:
-  """dot / sqrt(norm); 0, with zero gradient, beside a zero vector."""
-  empty = norm == 0
-  return jnp.where(empty, 0, dot / jnp.sqrt(jnp.where(empty, 1, norm)))
-
-
 def _cosine(left: Array, right: Array) -> Array:
   """[T] cosine of the rows of two [T, E]."""
   one, other, dot = windows.row_dots([left, right, left], [left, right, right])
-  return _over_norm(dot, one * other)
+  return _over_norms(dot, one, other)
 
 
 def relevance_scores(embedding: Array, query: Array) -> Array:
   """float[T]: the cosine of every frame with a query, float[E]."""
   chex.assert_rank([embedding, query], [2, 1])
+  if query.shape != embedding.shape[1:]:
+    raise ValueError(
+      f"query has shape {query.shape}, expected {embedding.shape[1:]}, the"
+      " width of a frame embedding"
+    )
   feature = _widen(embedding)
   query = _widen(query).astype(feature.dtype)
   (square,) = windows.row_dots([feature], [feature])
-  return _over_norm(_dot(feature, query), square * jnp.sum(query * query))
+  return _over_norms(_dot(feature, query), square, jnp.sum(query * query))
 
 
 SHOWN = ("calmest", "middle", "medoid", "first", "apex")
@@ -914,7 +993,8 @@ def distill_keyframes(
     Keyframes; slots beyond the number of real frames are masked.
 
   Raises:
-    ValueError: a setting out of range, or "stochastic" without rng.
+    ValueError: a setting out of range, a query or bonus of another length,
+      "stochastic" without rng, or (outside jit) a bonus that is NaN.
   """
   chex.assert_rank([embedding, variation, apex, strength], [2, 1, 1, 1])
   chex.assert_equal_shape([variation, apex, strength])
@@ -923,11 +1003,13 @@ def distill_keyframes(
   )
   _check_choice("shown", shown, SHOWN)
   _check_choice("crowded", crowded, ("novelty", "priority"))
-  _check_positive("num_keyframes", num_keyframes)
-  _check_positive("min_gap", min_gap)
+  check_count("num_keyframes", num_keyframes)
+  check_count("min_gap", min_gap)
+  _check_numbers(temperature=temperature)
   if selection == "stochastic" and rng is None:
     raise ValueError('selection="stochastic" draws frames, expected rng=key')
   size = embedding.shape[0]
+  _check_bonus(bonus, mask, (size,))
   mask = _as_mask(mask, (size,))
   feature = _gather(_widen(embedding), mask)
   count = _count(size, mask)
@@ -1032,12 +1114,13 @@ def _picks_logprob(
   """`selection_logprob` among the first frames, numbered there."""
   size = score.shape[0]
   free = _available(order, inside, min_gap)
+  able = jnp.any(free & (jnp.arange(size) == order[:, None]), axis=1)
   logit = score / temperature
-  drawn = order < size
-  free |= ~drawn[:, None]  # keeps the unused rows finite
+  free |= ~able[:, None]  # keeps the other rows finite
   level = jnp.where(free, logit[None, :], -jnp.inf)
-  picked = logit[jnp.minimum(order, size - 1)]
-  return jnp.sum(jnp.where(drawn, picked - jax.nn.logsumexp(level, axis=1), 0))
+  picked = logit[jnp.clip(order, 0, size - 1)]
+  step = jnp.where(able, picked - jax.nn.logsumexp(level, axis=1), -jnp.inf)
+  return jnp.sum(jnp.where(order < size, step, 0))
 
 
 def selection_logprob(
@@ -1063,17 +1146,19 @@ def selection_logprob(
     min_gap: as in the draw, in real frames.
 
   Returns:
-    float[] log-probability.
+    float[] log-probability; -inf for picks that no draw gives: a masked frame,
+    one frame twice, two nearer than `min_gap` while others are left.
   """
   chex.assert_rank([score, order], [1, 1])
-  _check_positive("min_gap", min_gap)
+  check_count("min_gap", min_gap)
+  _check_numbers(temperature=temperature)
   size = score.shape[0]
   mask = _as_mask(mask, (size,))
   inside = jnp.arange(size) < _count(size, mask)
   order = jnp.asarray(order)
   if mask is not None:
-    rank = jnp.append(jnp.cumsum(mask) - 1, size)
-    order = rank[order]
+    rank = jnp.where(mask, jnp.cumsum(mask) - 1, -1)  # -1: never drawn
+    order = jnp.append(rank, size)[order]
   return _picks_logprob(
     _gather(_widen(score), mask), order, inside, temperature, min_gap
   )
@@ -1142,7 +1227,11 @@ def select_keyframes(
 
   Returns:
     Keyframes. A NaN in a real frame makes the numbers of that video NaN and its
-    keyframes the uniform ones; outside jit it is an error.
+    keyframes the uniform ones (stochastic ones mean nothing then); outside jit
+    it is an error.
+
+  Raises:
+    ValueError: as the three stages.
   """
   variation = variation_scores(
     embedding,
@@ -1253,11 +1342,14 @@ def select_videos(
     Keyframes, every field with a leading B.
   """
   chex.assert_rank(embedding, 3)
-  _require_finite(embedding, mask)
+  check_frames(embedding, mask)
+  _check_bonus(bonus, mask, embedding.shape[:2])
+  _check_numbers(**settings)  # before jit makes them tracers
+  mask = _as_mask(mask, embedding.shape[:2])
   if rng is not None:
     rng = jax.random.split(rng, embedding.shape[0])
   if "scales" in settings:
-    settings["scales"] = tuple(settings["scales"])
+    settings["scales"] = _check_scales(settings["scales"])
   return _select_batch(embedding, mask, rng, query, bonus, **settings)
 
 
@@ -1272,9 +1364,10 @@ def score_videos(
 ) -> Array:
   """`variation_scores` of a batch, jit-compiled: [B, T, E] to [B, T]."""
   chex.assert_rank(embedding, 3)
-  _require_finite(embedding, mask)
+  check_frames(embedding, mask)
+  mask = _as_mask(mask, embedding.shape[:2])
   if "scales" in settings:
-    settings["scales"] = tuple(settings["scales"])
+    settings["scales"] = _check_scales(settings["scales"])
   return _score_batch(embedding, mask, **settings)
 
 

@@ -122,7 +122,7 @@ def _row_dots_at_once(left, right):
 # Dots of windows --------------------------------------------------------------
 
 
-def _window_sums(value: Array, scale: int) -> Array:
+def window_sums(value: Array, scale: int) -> Array:
   """Sum of rows t to t + scale - 1, by doubling; `scale - 1` rows fewer.
 
   A running total would lose the digits of a window late in a long video, and
@@ -152,7 +152,7 @@ def _dots(
   size = frame.shape[0] - 2 * lead + 1
   left, right = [], []
   for scale in scales:
-    window = _window_sums(frame, scale)
+    window = window_sums(frame, scale)
     after = window[lead : lead + size]
     left += [after, after]
     right += [after, window[lead - scale : lead - scale + size]]

@@ -226,8 +226,27 @@ def test_aks_by_halves_is_one_frame_per_part():
 
 
 def test_number_out_of_range():
-  with pytest.raises(ValueError, match="num_keyframes=0"):
-    selectors.uniform(jnp.ones((4, 2)), num_keyframes=0)
+  for number in (0, 2.5):
+    with pytest.raises(ValueError, match=f"num_keyframes={number}"):
+      selectors.uniform(jnp.ones((4, 2)), num_keyframes=number)
+
+
+def test_nan_is_an_error_outside_jit():
+  frames = jnp.ones((1, 9, 3)).at[0, 4].set(jnp.nan)
+  with pytest.raises(ValueError, match="NaN or inf in 1 of 9 frames"):
+    selectors.select_videos("k_center", frames, num_keyframes=3)
+  with pytest.raises(ValueError, match="NaN or inf in 1 of 9 frames"):
+    selectors.k_center(frames[0], num_keyframes=3)
+
+
+def test_numpy_arrays_can_be_constants_of_a_jit():
+  frames = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+  mask = np.arange(12) < 9
+  chosen = jax.jit(
+    lambda rng: selectors.random(frames, mask, num_keyframes=4, rng=rng)
+  )(jax.random.key(0))
+  assert np.all(np.asarray(chosen.index) < 9)
+  np.testing.assert_array_equal(chosen.embedding, frames[chosen.index])
 
 
 # -- by name
@@ -265,9 +284,8 @@ def test_a_batch_is_a_loop(name):
   assert found.mask.sum(1).tolist() == [number, min(number, 7), 2]
 
 
-def test_a_key_is_split_over_the_videos():
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_is_split_over_the_videos(key):
   frames = jnp.ones((8, 100, 2))
-  found = selectors.select_videos(
-    "random", frames, num_keyframes=3, rng=jax.random.key(0)
-  )
+  found = selectors.select_videos("random", frames, num_keyframes=3, rng=key(0))
   assert len({tuple(row) for row in found.index.tolist()}) == 8

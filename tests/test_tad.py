@@ -152,6 +152,8 @@ def test_chunks_score_as_the_whole(sizes, smoothing):
 def test_no_chunks():
   with pytest.raises(ValueError, match="no chunk"):
     tad.score_chunks([])
+  with pytest.raises(ValueError, match=r"smoothing=-2\.0"):
+    tad.score_chunks([jnp.ones((5, 2))], smoothing=-2.0)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -264,6 +266,34 @@ def test_contrast_golden():
   # Only frames that exist count, and not the first: (1 + 1 + 1) / 3.
   assert apexes([9, 1, 6, 1, 1], gate=0.0, contrast=6.0) == [2]
   assert apexes([9, 1, 6, 1, 1], gate=0.0, contrast=6.1) == []
+
+
+def _stands_alone_by_hand(value, inside, contrast, reach):
+  found = []
+  for t, own in enumerate(value):
+    beside = [n for n in range(t - reach, t + reach + 1) if n != t]
+    beside = [n for n in beside if 0 <= n < len(value) and inside[n]]
+    mean = sum(value[n] for n in beside) / max(len(beside), 1)
+    found.append(own >= contrast * mean)
+  return found
+
+
+@pytest.mark.parametrize("reach", [2, 400])
+def test_contrast_equals_its_definition(reach):
+  value = np.random.default_rng(0).integers(1, 9, 60)
+  inside = np.arange(60) % 7 != 0
+  program = jax.jit(tad._stand_alone, static_argnums=3)
+  found = program(jnp.asarray(value, jnp.float32), inside, 1.5, reach)
+  want = _stands_alone_by_hand(value, inside, 1.5, reach)
+  assert found.tolist() == want and 0 < sum(want) < 60
+
+
+def test_a_long_gap_is_no_long_program():
+  def steps(min_gap):
+    detect = functools.partial(tad.detect_inflections, min_gap=min_gap)
+    return len(jax.make_jaxpr(detect)(jnp.ones(512)).eqns)
+
+  assert steps(200) < 1.5 * steps(3)
 
 
 def test_flat_is_the_least_height_of_an_apex():
@@ -597,7 +627,7 @@ def test_what_always_holds(seed, selection):
 
 
 @few
-@hypothesis.given(seeds, st.sampled_from([1e-4, 0.03, 7.0, 1e4]))
+@hypothesis.given(seeds, st.sampled_from([1e-15, 1e-11, 0.03, 7.0, 1e9, 1e15]))
 def test_scale_of_the_embedding_does_not_matter(seed, scale):
   frames, _ = shots([9, 14, 17], seed=seed, noise=0.2)
   one = select(jnp.asarray(frames))
@@ -835,6 +865,56 @@ def test_settings_out_of_range(settings, message):
 
 
 @pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(num_keyframes=2.5), r"num_keyframes=2\.5, expected a whole"),
+    (dict(scales=(1.5,)), r"scales=\(1\.5,\), expected window lengths, whole"),
+    (dict(scales=3), "scales=3"),
+    (dict(min_gap=2.5), r"min_gap=2\.5"),
+    (dict(smoothing=math.nan), "smoothing=nan"),
+    (dict(gate=math.nan), "gate=nan, expected a finite number"),
+    (dict(softness=0.0), r"softness=0\.0, expected a number above 0"),
+    (dict(temperature=0), "temperature=0, expected"),
+    (dict(temperature=math.nan), "temperature=nan"),
+    (dict(query=np.ones(3)), r"query has shape \(3,\), expected \(2,\)"),
+    (dict(bonus=np.ones(3)), r"bonus has shape \(3,\), expected \(5,\)"),
+    (dict(bonus=np.full(5, np.nan)), "bonus is NaN in 5 of 5 frames"),
+  ],
+)
+def test_settings_that_mean_nothing(settings, message):
+  choose = functools.partial(
+    tad.select_keyframes, **(dict(num_keyframes=2) | settings)
+  )
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(choose, jnp.ones((5, 2)))
+
+
+def test_settings_are_checked_before_jit():
+  frames = jnp.ones((1, 5, 2))
+  for name in ("temperature", "softness"):
+    with pytest.raises(ValueError, match=f"{name}=-1"):
+      tad.select_videos(frames, num_keyframes=2, **{name: -1})
+  with pytest.raises(ValueError, match="bonus is NaN in 1 of 5"):
+    bonus = np.array([[0, 0, np.nan, 0, 0]])
+    tad.select_videos(frames, num_keyframes=2, bonus=bonus)
+  with pytest.raises(ValueError, match="temperature=0"):
+    tad.selection_logprob(jnp.ones(5), jnp.arange(2), temperature=0)
+
+
+def test_a_video_without_a_frame():
+  with pytest.raises(ValueError, match=r"shape \(0, 3\).* at least one frame"):
+    jax.eval_shape(tad.variation_scores, jnp.ones((0, 3)))
+
+
+def test_a_mask_may_be_a_list():
+  frames = jnp.asarray([shots([3, 3])[0]])
+  mask = np.arange(6)[None] < 4
+  chex.assert_trees_all_equal(
+    tad.score_videos(frames, mask.tolist()), tad.score_videos(frames, mask)
+  )
+
+
+@pytest.mark.parametrize(
   "selection", ["soft", "straight_through", "stochastic"]
 )
 def test_memory_is_linear(selection):
@@ -969,6 +1049,15 @@ def test_variation_gradient_equals_finite_differences(metric, smoothing):
     want = (loss(frames + step * ray) - loss(frames - step * ray)) / (2 * step)
     got = jnp.sum(jax.grad(loss)(frames) * ray)
     assert float(got) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_gradient_of_tiny_and_huge_embeddings():
+  frames = jnp.asarray(shots([4, 5])[0])
+  slope = jax.jit(jax.grad(lambda f: jnp.sum(tad.variation_scores(f) ** 2)))
+  want = slope(frames)
+  for scale in (1e-11, 1e9):
+    got = slope(frames * scale) * scale
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_straight_through():
@@ -1106,6 +1195,22 @@ def test_logprob_golden():
   # A fourth pick there is none: slot T counts for nothing.
   value = logprob(score, jnp.asarray([2, 0, 1, 4]), mask)
   assert value == pytest.approx(math.log(1 / 6), abs=1e-6)
+  # What no draw gives: the frame that does not exist, one frame twice.
+  assert logprob(score, jnp.asarray([3, 0]), mask) == -math.inf
+  assert logprob(score, jnp.asarray([2, 2]), mask) == -math.inf
+
+
+def test_logprob_of_picks_too_near_each_other():
+  # 3 apart: frame 3 alone is left after frame 0, of weight 1 in 15.
+  score = jnp.log(jnp.asarray([1.0, 2, 3, 9]))
+  logprob = jax.jit(
+    jax.value_and_grad(functools.partial(tad.selection_logprob, min_gap=3))
+  )
+  value, slope = logprob(score, jnp.asarray([0, 3]))
+  assert value == pytest.approx(math.log(1 / 15), abs=1e-6)
+  np.testing.assert_allclose(slope, np.array([14, -2, -3, -9]) / 15, atol=1e-6)
+  value, slope = logprob(score, jnp.asarray([0, 1]))
+  assert value == -math.inf and np.all(np.isfinite(slope))
 
 
 @functools.cache

@@ -32,6 +32,8 @@ Resize = Literal["area", "bicubic"]
 # A longer way to the next wanted frame is a seek, a shorter one is decoded
 # through: one seek costs a few hundred frames of decoding.
 _SEEK_FRAMES = 512
+# The code of FFmpeg's decoder of text.
+_TEXT = int.from_bytes(b"ansi", "little")
 # Of the duration in the header, how much must be decodable.
 _MIN_DECODABLE = 0.9
 # Seeking by key frames: OpenCV starts at one that many frames before the wanted
@@ -746,6 +748,9 @@ def _capture(
       raise VideoError(
         f"{path}: not a video that OpenCV can open, or cut short"
       )
+    # FFmpeg draws .txt and the like as a terminal would show them.
+    if int(capture.get(cv2.CAP_PROP_FOURCC)) == _TEXT:
+      raise VideoError(f"{path}: a text file; expected a video")
     yield capture
   except cv2.error as error:
     raise VideoError(f"{path}: cannot be decoded ({error})") from error

@@ -124,6 +124,11 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
   ):
     if value is not None and value < least:
       raise ValueError(f"config.{name} must be at least {least}, got {value}")
+  if config.scan.size_px and len(config.scan.size_px) != 2:
+    raise ValueError(
+      "config.scan.size_px must be (height, width), got"
+      f" {tuple(config.scan.size_px)}"
+    )
   if config.fps is not None and not 0 < config.fps < math.inf:
     raise ValueError(
       f"config.fps must be above 0, or None for every frame, got {config.fps}"
@@ -578,6 +583,10 @@ def run(
   check_settings(config)
   console = rich.console.Console(stderr=True)
   sources = find_videos(config.video, workdir)
+  if any((workdir / source.name).is_file() for source in sources):
+    raise ValueError(
+      f"{workdir} is the folder of the videos; give another --workdir"
+    )
   root = str(pathlib.Path(config.video).expanduser().absolute())
   embedder = make_embedder(config)
   settings = telemetry.to_jsonable(

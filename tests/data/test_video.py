@@ -133,6 +133,10 @@ def test_empty_text_and_truncated(tmp_path, grey):
   path = tmp_path / "text.mp4"
   path.write_text("this is not a video\n" * 50)
   with pytest.raises(video.VideoError, match=r"text.mp4: not a video"):
+    video.probe(path)
+  # By this name FFmpeg takes it for what a terminal shows.
+  path = path.rename(tmp_path / "notes.txt")
+  with pytest.raises(video.VideoError, match=r"notes.txt: a text file"):
     video.scan_frames(path, 4, (16, 16))
   path = tmp_path / "cut.mp4"
   path.write_bytes(grey.read_bytes()[:600])

@@ -334,6 +334,8 @@ def test_more_keyframes_than_frames(config, scenes, write_video, tmp_path):
     (dict(select="best"), "config.select must be one of"),
     (dict(fps=0.0), "config.fps must be above 0"),
     (dict(picture="gif"), "config.picture must be one of"),
+    (dict(scan=dict(size_px=(64,))), r"size_px must be .*got \(64,\)"),
+    (dict(tad=dict(softness=0.0)), r"softness=0\.0, expected a number above 0"),
     (dict(checkpoint="no/model"), "no/model is not a directory with"),
   ],
 )
@@ -342,6 +344,11 @@ def test_what_a_user_gets_wrong(config, tmp_path, change, said):
   with pytest.raises(ValueError, match=said):
     keyframes.run(config, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_the_workdir_is_not_the_folder_of_the_videos(config, clip):
+  with pytest.raises(ValueError, match="is the folder of the videos; give an"):
+    keyframes.run(config, clip.parent)
 
 
 def test_a_folder_without_videos(config, tmp_path):
