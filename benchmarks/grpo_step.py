@@ -420,7 +420,9 @@ def make_cases(config) -> tuple[dict[str, Any], dict[str, str]]:
   if "repeated" in _FORMS.value:
     batch = make_batch(prompts.repeat(group), 1, *settings)
     cases[REPEATED] = Ours(config, params, reference, batch, _PARTS.value)
-  missing = {"Tunix": "out of memory at 100m; 25m by hand: see docs/performance.md"}
+  missing = {
+    "Tunix": "out of memory at 100m; 25m by hand: see docs/performance.md"
+  }
   if "trl" in _FORMS.value:
     try:
       cases["TRL"] = TRL(config, *models, token, *settings)
