@@ -75,8 +75,10 @@ def explain_flag_error(error: Exception, argv: list[str]) -> str | None:
       wrong = match.group(1)
       near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
       last = [k for k in known if k.split(".")[-1] == wrong.split(".")[-1]]
-      hint = near or last[:1]
-      advice = f"; did you mean --config.{hint[0]}?" if hint else ""
+      # A bare name may stand in several places.
+      hints = last[:3] if "." not in wrong and last else near or last[:1]
+      advice = " or ".join(f"--config.{hint}" for hint in hints)
+      advice = f"; did you mean {advice}?" if hints else ""
       return f"--config.{wrong} is not a setting of {path}{advice}"
   return str(error)
 

@@ -40,7 +40,12 @@ def _sentence(*argv):
   [
     ("rl.step", "rl.steps"),
     ("samplng.temperature", "sampling.temperature"),
-    ("temperature", "sampling.temperature"),
+    ("num_completions", "sampling.num_completions"),
+    (
+      "temperature",
+      "judge.temperature or --config.sampling.temperature"
+      " or --config.selector.temperature",
+    ),
     ("data.synthetic.num_trian", "data.synthetic.num_train"),
   ],
 )

@@ -19,10 +19,6 @@ from absl import app, flags
 
 from cf_jax.data import prompts
 
-_OUT = flags.DEFINE_string(
-  "out", str(prompts.TINY_TOKENIZER), "folder of the files"
-)
-
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LATER_TAGS = ("<glue>", "</glue>", "<index>", "</index>")
 # Qwen2.5's split. It would cut "<think>" in two, so the tags go before it; and
@@ -215,10 +211,11 @@ def write(out: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; use --out=FOLDER")
-  out = pathlib.Path(_OUT.value)
+  out = pathlib.Path(flags.FLAGS.out)
   write(out)
   print(f"{out}: {prompts.load_tokenizer(out).vocab_size} tokens")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("out", str(prompts.TINY_TOKENIZER), "folder of the files")
   app.run(main)
