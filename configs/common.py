@@ -108,6 +108,18 @@ def _qwen2_5_vl(config: ml_collections.ConfigDict) -> None:
   config.report.probe_videos = 0  # the probes are of the built-in set
 
 
+def unclipped_grpo(config: ml_collections.ConfigDict) -> None:
+  """Advantages and loss of the public code of Video-R1 and VideoChat-R1."""
+  config.advantage.update(scale="group", ddof=1, eps=1e-4)
+  config.loss.update(
+    clip_low=1e9,  # no clip
+    clip_high=1e9,
+    aggregate="sequence_mean",
+    kl_weight=0.04,
+    kl_kind="k3",
+  )
+
+
 def schedule(config: ml_collections.ConfigDict, **settings) -> None:
   """The optimizer of every stage that has updates."""
   for stage, steps in (("sft", config.sft.max_steps), ("rl", config.rl.steps)):

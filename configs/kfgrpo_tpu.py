@@ -4,32 +4,24 @@
     --config.init_from=Qwen2.5-VL-7B-Instruct \
     --config.data.source=jsonl:FOLDER --workdir=runs/kfgrpo
 
-The method is that of configs/kfgrpo_cpu.py. Nobody has run this at full size
-yet: the sizes are a place to start from, not a tuned recipe.
+configs/kfgrpo_gpu.py with a pod's batch and one process for each host. Nobody
+has run this at full size yet: the sizes are a place to start from, not a tuned
+recipe.
 
   configs/kfgrpo_tpu.py:smoke   a small policy on built-in data
 """
 
 import ml_collections
 
-from configs import common
+from configs import common, kfgrpo_gpu
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; `arg` is None or "smoke"."""
   _, smoke = common.parse("configs/kfgrpo_tpu.py", arg, ("full",))
-  config = common.start("kfgrpo_tpu", arg, smoke, ("needle", "order", "count"))
-  if smoke:
-    return config
-  config.data.reader.size_px = (280, 504)  # 180 tokens a frame
-  config.tad.num_keyframes = 16
-  config.prompt.max_tokens = 3584
-  config.sft.max_steps = 0
-  config.rl.update(steps=1000, prompts_per_step=32, checkpoint_every=50)
-  config.distributed = True
-  config.rl.optim.frozen = (r"^vision/",)
-  config.sampling.update(num_completions=8, max_tokens=512)
-  common.schedule(
-    config, learning_rate=1e-6, warmup_steps=20, max_grad_norm=1.0, b2=0.999
-  )
+  config = kfgrpo_gpu.get_config(arg)
+  config.name = "kfgrpo_tpu" + (f"_{arg}" if arg else "")
+  if not smoke:
+    config.distributed = True
+    config.rl.prompts_per_step = 32
   return config

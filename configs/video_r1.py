@@ -45,14 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.contrast.kind = "none"
   config.reward.weight = dict(accuracy=1.0, format=1.0)
   config.reward.length = dict(low=320, high=512, bonus=0.2)
-  config.advantage.update(scale="group", ddof=1, eps=1e-4)
-  config.loss.update(
-    clip_low=1e9,  # no clip
-    clip_high=1e9,
-    aggregate="sequence_mean",
-    kl_weight=0.04,
-    kl_kind="k3",
-  )
+  common.unclipped_grpo(config)
   config.sampling.update(temperature=1.0, top_p=0.95)
   if variant == "sft":
     config.rl.steps = 0

@@ -59,14 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.contrast.kind = "none"
   config.reward.weight = dict.fromkeys(config.answers.components, 1.0)
-  config.advantage.update(scale="group", ddof=1, eps=1e-4)
-  config.loss.update(
-    clip_low=1e9,  # no clip
-    clip_high=1e9,
-    aggregate="sequence_mean",
-    kl_weight=0.04,
-    kl_kind="k3",
-  )
+  common.unclipped_grpo(config)
   config.sampling.update(temperature=1.0, top_p=1.0)
   config.sft.max_steps = config.sft.max_steps if smoke else 0
   if smoke:

@@ -87,6 +87,7 @@ MATH_IMPORTS = {
   "dataclasses",
   "functools",
   "math",
+  "numbers",
   "typing",
 }
 

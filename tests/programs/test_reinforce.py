@@ -341,13 +341,3 @@ def test_every_option_of_the_loss(tiny_config, tmp_path, monkeypatch):
   assert any(row["contrastive_loss"] > 0 for row in rows)
   assert "arm/shuffled" not in rows[0]
   assert 0 <= rows[1]["arm/shuffled"] <= 1 and "arm/uniform" in rows[1]
-
-
-def test_reinforce_plus_plus(tiny_config, tmp_path, monkeypatch):
-  config = tiny_config
-  config.rl.update(steps=1, advantage="reinforce")
-  config.contrast.update(kind="none")
-  config.loss.update(kl_weight=0.0, aggregate="token_mean")
-  make_judge, _ = _lucky()
-  (row,) = _train(config, tmp_path, monkeypatch, make_judge=make_judge)
-  assert row["grad_norm"] > 0 and np.isfinite(row["loss"])
