@@ -49,7 +49,7 @@ CREDIT = {
 # Kinds that an LLM judges (judge.py).
 JUDGED = ("open_ended", "caption")
 # From which main score on an answer is called right, where it is not 1.
-RIGHT_FROM = {"interval": 0.5, "tracking": 0.5, "regression": 0.5}
+_RIGHT_FROM = {"interval": 0.5, "tracking": 0.5, "regression": 0.5}
 
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\)?)[.:]?")
 _NUMBER = re.compile(
@@ -492,17 +492,17 @@ def accuracy(answer: str | None, sample) -> float:
   return _score("", parsed, sample, "strict")
 
 
-def is_right(score: float, sample) -> bool:
-  """Whether a main score is that of a right answer.
+def is_right(score: float | np.ndarray, kind: str) -> bool | np.ndarray:
+  """Whether main scores are those of right answers.
 
   Intervals and boxes are right from an IoU of 0.5 on, regressions from a
   relative error of 0.5 down, all else where nothing is missing.
 
   Args:
-    score: what `judge` gave the main component of the sample's kind.
-    sample: records.Sample.
+    score: what `judge` gave the main component of the kind; a number or many.
+    kind: of the sample.
   """
-  return bool(score >= RIGHT_FROM.get(sample.kind, 1.0))
+  return score >= _RIGHT_FROM.get(kind, 1.0)
 
 
 def is_correct(
@@ -519,7 +519,7 @@ def is_correct(
     ValueError: as in `accuracy`.
   """
   score = _score(text, parse_completion(text), sample, interval_form)
-  return is_right(score, sample)
+  return bool(is_right(score, sample.kind))
 
 
 def answer_tokens(

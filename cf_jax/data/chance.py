@@ -26,7 +26,7 @@ class Blind(NamedTuple):
 
   Attributes:
     score: the mean of the kind's main component (accuracy, iou, ...).
-    correct: the share of right answers, as `answers.is_correct` has it.
+    correct: the share of right answers, as `answers.is_right` has it.
     glue: of grounded_qa: the mean iou of the intervals, else None.
   """
 
@@ -134,7 +134,7 @@ def _blind(kind: str, samples) -> Blind:
       glue = float(score_table(samples).mean(axis=1).max())
     return Blind(guess, guess, glue)
   table = score_table(samples)
-  right = table >= answers.RIGHT_FROM.get(kind, 1.0)
+  right = answers.is_right(table, kind)
   return Blind(float(table.mean(axis=1).max()), float(right.mean(axis=1).max()))
 
 

@@ -617,7 +617,9 @@ class Amplifier:
         assert not skipped, "dev was read when the run began"
         score = self._answerer.score(batch, choose and choose(batch)[0])
         scores.append(score[: len(rows)])
-        correct += map(answers.is_right, score[: len(rows)], rows)
+        correct += map(
+          answers.is_right, score[: len(rows)], [row.kind for row in rows]
+        )
       self._answerer.unload()
       return np.asarray(correct, bool), np.concatenate(scores)
 
@@ -746,7 +748,9 @@ class Amplifier:
       )
       for frames, how in (("chosen", chosen), ("uniform", uniform)):
         score = self._answerer.score(batch, how)[:real]
-        found[f"accuracy/{frames}"] += map(answers.is_right, score, rows)
+        found[f"accuracy/{frames}"] += map(
+          answers.is_right, score, [row.kind for row in rows]
+        )
         index = np.where(how.mask, how.index, 0)
         time_s = np.take_along_axis(batch.scan_time_s, index, axis=1)
         time_s = np.where(how.mask, time_s, np.nan)[:real]

@@ -136,7 +136,7 @@ class Evaluator:
       arm: Judged(
         correct=np.asarray(
           [
-            answers.is_right(score, sample)
+            answers.is_right(score, sample.kind)
             for score, sample in zip(scores, self._samples, strict=True)
           ],
           dtype=bool,

@@ -358,6 +358,25 @@ class Collector:
     """Is an update one that looks at the accuracy of other views?"""
     return bool(self.arms.watched) and step % self._watch_every == 0
 
+  def may_compile(
+    self, compiles: telemetry.CompileCounter, step: int
+  ) -> contextlib.AbstractContextManager:
+    """Around a batch: the first look at other views compiles what it needs."""
+    if self.looks(step):
+      return compiles.warm_up("look")
+    return contextlib.nullcontext()
+
+  def views_of(self, drawn: scorer.Drawn, *, draw: int) -> views.Prepared:
+    """The views of a batch whose keyframes the scorer has drawn.
+
+    Args:
+      drawn: from `scorer.Scorer.draw`.
+      draw: seeds the permutations, as in `views.ViewMaker`.
+    """
+    return self._experiment.make_views(
+      drawn.batch, self.arms.made, draw=draw, selected=drawn.selected
+    )
+
   def by_task(self, scored: rl_steps.Scored) -> dict[str, float]:
     """The mean main component of every task that a batch has."""
     mean, count = scored.task_mean
@@ -539,14 +558,8 @@ def train_policy(
         if learned is not None:
           with timer("select"):
             drawn = learned.draw(prepared, number=num_batches)
-            prepared = experiment.make_views(
-              drawn.batch,
-              collect.arms.made,
-              draw=num_batches,
-              selected=drawn.selected,
-            )
-        rare = compiles.warm_up("look") if collect.looks(step) else None
-        with rare or contextlib.nullcontext():
+            prepared = collect.views_of(drawn, draw=num_batches)
+        with collect.may_compile(compiles, step):
           batch = collect(params, prepared, rng, step)
         taken.append(batch)
         if learned is not None:
@@ -715,14 +728,8 @@ def train_scorer(
       metrics, rollouts, main = {}, [], None
       if learned.asks:
         with timer("select"):
-          prepared = experiment.make_views(
-            drawn.batch,
-            collect.arms.made,
-            draw=step,
-            selected=drawn.selected,
-          )
-        rare = compiles.warm_up("look") if collect.looks(step) else None
-        with rare or contextlib.nullcontext():
+          prepared = collect.views_of(drawn, draw=step)
+        with collect.may_compile(compiles, step):
           answered = collect(
             params, prepared, jax.random.fold_in(sample_rng, step), step
           )

@@ -89,7 +89,7 @@ def decide(
     if max(scores) < min_best:
       return "no good answer"
     return KEPT if differ else "consistent"
-  right = [answers.is_right(score, sample) for score in scores]
+  right = [answers.is_right(score, sample.kind) for score in scores]
   if all(right):
     return "all right"
   return KEPT if any(right) or differ else "all wrong"

@@ -43,7 +43,7 @@ def count_step(
     num_references: views under which the reference scores them.
   """
   view, completion = prepared.view, mask.sum(axis=2)
-  view = {arm: view[arm] for arm in {"keyframes": 0, **dict.fromkeys(scored)}}
+  view = {arm: view[arm] for arm in dict.fromkeys(("keyframes", *scored))}
   prompt = {arm: view[arm].prompt.mask.sum(axis=1) for arm in view}
   batch, num_slices = len(prepared.frames), prepared.num_shown
   read = {arm: int(length.sum()) for arm, length in prompt.items()}
