@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import string
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -43,6 +44,23 @@ class Sample(NamedTuple):
     boxes: of a tracking question: (x0, y0, x1, y1) of the object in frames at
       equal distances, as fractions of width and height.
     events: of a caption question: what happens, in time order.
+    groups: (name, value) of what else results are broken down by, as in
+      (("duration", "short"), ("domain", "Knowledge")); a name comes once.
+    duration_s: seconds of the video, or of `clip`, as annotated; None where
+      they are not.
+    clip: (start, end) seconds of the part of the file that the question is
+      about; None is all of it. Times of other fields count from its start.
+    fps: frames a second where `video` is a folder of pictures, else None.
+    image: path of a picture that belongs to the question, or "".
+    subtitles: path of a file that `subtitles.read` understands, or "".
+    subtitles_start_s: seconds of that file at which the video begins.
+    labels: what the published question marks its options with, where that is
+      not A, B, C, ...: ("Option 1", "Option 2").
+    saliency: of highlight detection: (number of a 2-second clip, the
+      annotators' scores of it) of every annotated clip.
+    rubric: what a judge is asked about the answer, where that is another
+      question than the policy's.
+    flaws: what the published row gets wrong itself, in words.
   """
 
   id: str
@@ -59,6 +77,17 @@ class Sample(NamedTuple):
   source: str = ""
   boxes: tuple[tuple[float, float, float, float], ...] = ()
   events: tuple[str, ...] = ()
+  groups: tuple[tuple[str, str], ...] = ()
+  duration_s: float | None = None
+  clip: tuple[float, float] | None = None
+  fps: float | None = None
+  image: str = ""
+  subtitles: str = ""
+  subtitles_start_s: float = 0.0
+  labels: tuple[str, ...] = ()
+  saliency: tuple[tuple[int, tuple[int, ...]], ...] = ()
+  rubric: str = ""
+  flaws: tuple[str, ...] = ()
 
 
 _FIELDS = (
@@ -75,7 +104,21 @@ _FIELDS = (
   "evidence",
   "boxes",
   "events",
+  "groups",
+  "duration_s",
+  "clip",
+  "fps",
+  "image",
+  "subtitles",
+  "subtitles_start_s",
+  "labels",
+  "saliency",
+  "rubric",
+  "flaws",
 )
+_PATHS = ("video", "image", "subtitles")
+# What a decoder would take for an address: "http:", "concat:".
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str:
@@ -99,7 +142,9 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
   )
 
 
-def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
+def load_jsonl(
+  path: str | pathlib.Path, *, allow_outside: bool = False
+) -> list[Sample]:
   """Reads a manifest: one JSON object with a question in each line.
 
   Fields: `video` (relative to the manifest, or absolute), `question`,
@@ -109,7 +154,14 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
   (list of [start, end] in seconds; start_s to end_s where there is none),
   `boxes` (list of [x0, y0, x1, y1], fractions) and `events` (list of texts).
   Questions of kind interval, tracking and caption need no `answer`: theirs is
-  start_s to end_s, the boxes or the events. Empty lines are skipped.
+  start_s to end_s, the boxes or the events. Empty lines are skipped. The other
+  fields of `Sample` (but `source`) may be there too: `groups` as an object,
+  `clip` as [start, end], `fps`, `duration_s`, `image`, `subtitles`, ...
+
+  Args:
+    path: of the manifest.
+    allow_outside: may it name files outside its own folder? False follows
+      symbolic links before it decides.
 
   Raises:
     ValueError: a bad line, naming file, line number and field; no file; no
@@ -127,7 +179,7 @@ def load_jsonl(path: str | pathlib.Path) -> list[Sample]:
     if not line.strip():
       continue
     where = f"{path}:{number}"
-    sample = _read_line(line, where, number, path)
+    sample = _read_line(line, where, number, path, allow_outside)
     if sample.id in first_line:
       raise ValueError(
         f"{where}: field 'id': {sample.id!r} is taken by line"
@@ -146,26 +198,40 @@ def to_jsonl(samples: Sequence[Sample]) -> str:
   All but `source`, which is then the manifest's name. Answers to questions with
   options are written as the option's text: among options that are letters
   themselves a letter would name another one.
+
+  Raises:
+    ValueError: an answer that neither text nor letter names alone.
   """
   lines = []
   for sample in samples:
     row = {name: getattr(sample, name) for name in _FIELDS}
     if sample.options:
-      number = string.ascii_uppercase.index(sample.answer)
+      number = string.ascii_uppercase.find(sample.answer)
       row["answer"] = sample.options[number]
-    row["video"] = str(pathlib.Path(sample.video).absolute())
+      if sample.options.count(row["answer"]) > 1:
+        row["answer"] = sample.answer
+      if letter_of(row["answer"], sample.options) != sample.answer:
+        raise ValueError(
+          f"sample {sample.id!r}: its answer {sample.answer!r} cannot be told"
+          f" apart among the options {list(sample.options)}"
+        )
+    for name in _PATHS:
+      if row[name]:
+        row[name] = str(pathlib.Path(row[name]).absolute())
+    row["groups"] = dict(sample.groups)
+    row["subtitles_start_s"] = sample.subtitles_start_s or None
     # No evidence is said too: start_s to end_s would take its place.
     kept = {
       name: value
       for name, value in row.items()
-      if value not in (None, "", ()) or name == "evidence"
+      if value not in (None, "", (), {}) or name == "evidence"
     }
     lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
   return "".join(lines)
 
 
 def _read_line(
-  line: str, where: str, number: int, path: pathlib.Path
+  line: str, where: str, number: int, path: pathlib.Path, allow_outside: bool
 ) -> Sample:
   try:
     row = json.loads(line)
@@ -185,8 +251,12 @@ def _read_line(
   def fail(name: str, message: str):
     raise ValueError(f"{where}: field {name!r}: {message}")
 
-  video = _text(row, "video", fail)
+  _text(row, "video", fail)
+  paths = {
+    name: _path(row, name, path.parent, allow_outside, fail) for name in _PATHS
+  }
   question = _text(row, "question", fail)
+  flaws = _texts(row, "flaws", fail)
   options = row.get("options") or []
   if not isinstance(options, list) or not all(
     isinstance(option, (str, int, float))
@@ -198,7 +268,7 @@ def _read_line(
   options = tuple(str(option).strip() for option in options)
   if len(options) == 1 or len(options) > len(string.ascii_uppercase):
     fail("options", f"got {len(options)}, expected 2 to 26, or none")
-  if len(set(options)) < len(options):
+  if len(set(options)) < len(options) and not flaws:
     fail("options", f"got the same text twice in {list(options)}")
 
   kind = row.get("kind")
@@ -213,7 +283,7 @@ def _read_line(
   evidence = _evidence(row, fail)
   if evidence is None:
     evidence = () if start_s is None else ((start_s, end_s),)
-  boxes, events = _boxes(row, fail), _events(row, fail)
+  boxes, events = _boxes(row, fail), _texts(row, "events", fail)
   truth = {
     "interval": start_s is not None and start_s < end_s,
     "tracking": boxes,
@@ -245,7 +315,6 @@ def _read_line(
     fail("kind", f"got {kind!r} with {len(options)} options")
   return Sample(
     id=_text(row, "id", fail, default=f"line-{number}"),
-    video=str((path.parent / pathlib.Path(video).expanduser()).absolute()),
     question=question,
     options=options,
     answer=answer,
@@ -258,7 +327,40 @@ def _read_line(
     source=path.name,
     boxes=boxes,
     events=events,
+    groups=_groups(row, fail),
+    duration_s=_seconds(row, "duration_s", fail),
+    clip=_clip(row, fail),
+    fps=_positive(row, "fps", fail),
+    subtitles_start_s=_seconds(row, "subtitles_start_s", fail) or 0.0,
+    labels=_texts(row, "labels", fail),
+    saliency=_saliency(row, fail),
+    rubric=_text(row, "rubric", fail, default=""),
+    flaws=flaws,
+    **paths,
   )
+
+
+def _path(
+  row: dict[str, Any],
+  name: str,
+  folder: pathlib.Path,
+  allow_outside: bool,
+  fail,
+) -> str:
+  said = _text(row, name, fail, default="")
+  if not said:
+    return ""
+  if _SCHEME.match(said) or "\0" in said:
+    fail(name, f"got {said!r}, expected the path of a local file")
+  found = (folder / pathlib.Path(said).expanduser()).absolute()
+  inside = folder.resolve()
+  if not allow_outside and not found.resolve().is_relative_to(inside):
+    fail(
+      name,
+      f"got {said!r}, which leads to {found.resolve()}, outside of {inside};"
+      " set config.data.allow_outside=True to read it there",
+    )
+  return str(found)
 
 
 def _text(row: dict[str, Any], name: str, fail, default=None) -> str:
@@ -327,11 +429,51 @@ def _boxes(row: dict[str, Any], fail):
   return tuple(made)
 
 
-def _events(row: dict[str, Any], fail) -> tuple[str, ...]:
-  made = _list(row, "events", fail)
-  if not all(isinstance(event, str) and event.strip() for event in made):
-    fail("events", f"got {made!r}, expected a list of texts")
-  return tuple(event.strip() for event in made)
+def _texts(row: dict[str, Any], name: str, fail) -> tuple[str, ...]:
+  made = _list(row, name, fail)
+  if not all(isinstance(item, str) and item.strip() for item in made):
+    fail(name, f"got {made!r}, expected a list of texts")
+  return tuple(item.strip() for item in made)
+
+
+def _groups(row: dict[str, Any], fail) -> tuple[tuple[str, str], ...]:
+  made = row.get("groups") or {}
+  if not isinstance(made, dict) or not all(
+    isinstance(value, str) for value in made.values()
+  ):
+    fail("groups", f"got {made!r}, expected an object of texts")
+  return tuple(made.items())
+
+
+def _clip(row: dict[str, Any], fail) -> tuple[float, float] | None:
+  value = row.get("clip")
+  if value is None:
+    return None
+  made = _numbers(value, 2)
+  if made is None or made[1] <= made[0]:
+    fail("clip", f"got {value!r}, expected [start, end] in seconds")
+  return made
+
+
+def _positive(row: dict[str, Any], name: str, fail) -> float | None:
+  value = _seconds(row, name, fail)
+  if value == 0:
+    fail(name, "got 0, expected more")
+  return value
+
+
+def _saliency(row: dict[str, Any], fail):
+  made = []
+  for pair in _list(row, "saliency", fail):
+    if (
+      not isinstance(pair, list)
+      or len(pair) != 2
+      or not isinstance(pair[1], list)
+      or not all(type(n) is int and n >= 0 for n in (pair[0], *pair[1]))
+    ):
+      fail("saliency", f"got {pair!r}, expected [clip, [score, ...]]")
+    made.append((pair[0], tuple(pair[1])))
+  return tuple(made)
 
 
 def _list(row: dict[str, Any], name: str, fail) -> list:

@@ -47,7 +47,9 @@ def test_reads_a_full_line(tmp_path):
 
 def test_defaults_and_absolute_path(tmp_path):
   row = GOOD | {"video": "/videos/b.mp4"}
-  first, second = records.load_jsonl(_manifest(tmp_path, GOOD, row))
+  first, second = records.load_jsonl(
+    _manifest(tmp_path, GOOD, row), allow_outside=True
+  )
   assert (first.id, second.id) == ("line-1", "line-2")
   assert second.video == "/videos/b.mp4"
   assert first.answer == "B" and first.kind == "multiple_choice"
@@ -197,9 +199,86 @@ def test_a_manifest_is_read_back_as_it_was(tmp_path):
     {"video": "a.mp4", "question": "What?", "kind": "caption"}
     | {"events": ["a", "b"], "reasoning": "why"},
   ]
-  samples = records.load_jsonl(_manifest(tmp_path, *rows))
+  manifest = _manifest(tmp_path, *rows)
+  samples = records.load_jsonl(manifest, allow_outside=True)
   folder = tmp_path / "elsewhere"
   folder.mkdir()
   (folder / "my.jsonl").write_text(records.to_jsonl(samples))
-  assert records.load_jsonl(folder / "my.jsonl") == samples
+  # It names the videos where they are, and so outside of its own folder.
+  with pytest.raises(ValueError, match="allow_outside"):
+    records.load_jsonl(folder / "my.jsonl")
+  again = records.load_jsonl(folder / "my.jsonl", allow_outside=True)
+  assert again == samples
   assert samples[0].answer == "B"  # the text "A" is the second option
+
+
+# -- what public benchmarks need besides
+
+
+def test_the_fields_of_benchmarks_are_read_back(tmp_path):
+  row = PLAIN | {
+    "answer": "x",
+    "groups": {"duration": "short", "domain": "Knowledge"},
+    "clip": [2, 5.5],
+    "duration_s": 3.5,
+    "fps": 3,
+    "image": "q.png",
+    "subtitles": "a.srt",
+    "subtitles_start_s": 30,
+    "labels": ["Option 1", "Option 2"],
+    "saliency": [[4, [1, 2, 3]]],
+    "rubric": "Does it fall?",
+    "flaws": ["no"],
+  }
+  (sample,) = records.load_jsonl(_manifest(tmp_path, row))
+  assert sample.groups == (("duration", "short"), ("domain", "Knowledge"))
+  assert (sample.clip, sample.fps, sample.duration_s) == ((2.0, 5.5), 3.0, 3.5)
+  assert sample.image == str(tmp_path / "q.png")
+  assert sample.saliency == ((4, (1, 2, 3)),)
+  again = tmp_path / "again.jsonl"
+  again.write_text(records.to_jsonl([sample]))
+  assert records.load_jsonl(again) == [sample._replace(source="again.jsonl")]
+
+
+def test_published_options_may_repeat(tmp_path):
+  row = GOOD | {"options": ["red", "red", "blue"], "answer": "B"}
+  row |= {"flaws": ["two options have the same text"], "evidence": []}
+  (sample,) = records.load_jsonl(_manifest(tmp_path, row))
+  assert sample.answer == "B"
+  again = tmp_path / "again.jsonl"
+  again.write_text(records.to_jsonl([sample]))
+  assert records.load_jsonl(again)[0].answer == "B"
+  letters = sample._replace(options=("A", "A", "B"))
+  with pytest.raises(ValueError, match="cannot be told apart"):
+    records.to_jsonl([letters])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"groups": {"a": 1}}, "field 'groups'"),
+    ({"clip": [3, 2]}, "field 'clip': got [3, 2]"),
+    ({"fps": 0}, "field 'fps': got 0, expected more"),
+    ({"labels": ["a", ""]}, "field 'labels'"),
+    ({"saliency": [[1, 2]]}, "field 'saliency'"),
+    ({"video": "http://host/a.mp4"}, "expected the path of a local file"),
+    ({"image": "concat:a|b"}, "expected the path of a local file"),
+  ],
+)
+def test_bad_fields_of_benchmarks(tmp_path, change, message):
+  with pytest.raises(ValueError) as caught:
+    records.load_jsonl(_manifest(tmp_path, PLAIN | {"answer": "x"} | change))
+  assert message in str(caught.value)
+
+
+def test_a_manifest_may_be_kept_to_its_own_folder(tmp_path):
+  folder = tmp_path / "set"
+  folder.mkdir()
+  (folder / "link").symlink_to(tmp_path / "elsewhere")
+  fine = _manifest(folder, PLAIN | {"answer": "x", "video": "b/../a.mp4"})
+  assert records.load_jsonl(fine, allow_outside=False)
+  for video in ("../a.mp4", "link/a.mp4", str(tmp_path / "a.mp4")):
+    path = _manifest(folder, PLAIN | {"answer": "x", "video": video})
+    assert records.load_jsonl(path, allow_outside=True)
+    with pytest.raises(ValueError, match="config.data.allow_outside=True"):
+      records.load_jsonl(path, allow_outside=False)
