@@ -21,7 +21,6 @@ import os
 import pathlib
 import random
 import re
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -29,6 +28,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import requests
+
+from cf_jax import disk
 
 EVENTS_PROMPT = """\
 Below are a description of a video, as a JSON string, and a numbered list of \
@@ -426,12 +427,7 @@ class Judge:
     """Writes a reply whole or not at all; others may write the same one."""
     kept = {"url": self._url, "body": body, "reply": self._clean(reply)}
     try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".new", delete=False
-      ) as file:
-        json.dump(kept, file)
-      os.replace(file.name, path)
+      disk.write_text(path, json.dumps(kept))
     except OSError as error:
       raise JudgeError(
         f"cannot write the judge's reply to {path.parent}"

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import tokenizers
 from absl import app, flags
 
+from cf_jax import disk
 from cf_jax.data import prompts
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -193,8 +194,7 @@ def make() -> tokenizers.Tokenizer:
 
 def write(out: pathlib.Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json into `out`."""
-  out.mkdir(parents=True, exist_ok=True)
-  make().save(str(out / "tokenizer.json"))
+  disk.write_text(out / "tokenizer.json", make().to_str(pretty=True))
   settings = {
     "chat_template": CHAT_TEMPLATE,
     "eos_token": "<|im_end|>",
@@ -203,8 +203,8 @@ def write(out: pathlib.Path) -> None:
     # says; this class keeps the file's, with the tags.
     "tokenizer_class": "PreTrainedTokenizerFast",
   }
-  (out / "tokenizer_config.json").write_text(
-    json.dumps(settings, indent=2) + "\n"
+  disk.write_text(
+    out / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n"
   )
 
 

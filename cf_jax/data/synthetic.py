@@ -26,6 +26,7 @@ import cv2
 import rich.console
 import rich.progress
 
+from cf_jax import disk
 from cf_jax.data import (
   records,
   synthetic_specs,
@@ -105,14 +106,26 @@ def ensure(
     if not (root / "DONE").is_file():
       _write_videos(root, list(itertools.chain(*specs.values())), num_workers)
       _write_index(root, specs)
-      (root / "settings.json").write_text(json.dumps(named, indent=2) + "\n")
-      (root / "DONE").touch()
+      disk.write_text(
+        root / "settings.json", json.dumps(named, indent=2) + "\n"
+      )
+      disk.write_text(root / "DONE", "")
   return root
 
 
 def load_specs(path: str | pathlib.Path, split: str) -> list[Spec]:
-  """Reads one split's specifications back from the index."""
-  builder = _builder(pathlib.Path(path), None)
+  """Reads one split's specifications back from the index.
+
+  Raises:
+    ValueError: the index is gone.
+  """
+  root = pathlib.Path(path)
+  if not (root / "index").is_dir():
+    raise ValueError(
+      f"the built-in set in {root} has lost its index; remove that folder, and"
+      " it is written anew"
+    )
+  builder = _builder(root, None)
   specs = []
   for row in builder.as_data_source(split=split):
     fields = json.loads(row["spec"])

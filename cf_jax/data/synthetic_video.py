@@ -19,6 +19,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from cf_jax import disk
+
 # The corners of the RGB cube first: they survive the codec's chroma loss best.
 PALETTE = {
   "red": (225, 35, 35),
@@ -240,4 +242,4 @@ def write_video(spec: Spec, path: pathlib.Path) -> None:
   for picture in np.ascontiguousarray(render(spec)[..., ::-1]):
     writer.write(picture)
   writer.release()
-  os.replace(partial, path)
+  disk.replace(partial, path)

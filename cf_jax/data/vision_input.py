@@ -2,9 +2,9 @@
 
 The arrays have the names, shapes and order that transformers' processor gives,
 so that they fit the reference-shaped door `vlm.forward`. A picture is resized
-(`video.smart_resize`, antialiased bicubic), scaled to [0, 1], normalised per
-channel and cut into patches; the frames of a video are taken in pairs, the last
-one repeated where their number is odd.
+(`frame_size.smart_resize`, antialiased bicubic), scaled to [0, 1], normalised
+per channel and cut into patches; the frames of a video are taken in pairs, the
+last one repeated where their number is odd.
 
 Against transformers 5.2.0: the values of the image processor that uses Pillow,
 bit for bit. The image processor that uses torchvision, and the video processor,
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cf_jax.data import json_file, patches, video
+from cf_jax.data import frame_size, json_file, patches
 
 # What a preprocessor's file may say only in one way.
 _FIXED = {
@@ -205,14 +205,14 @@ def video_inputs(
 def _patches(frames, settings) -> tuple[np.ndarray, tuple[int, int, int]]:
   """uint8[n, h, w, 3] -> patches of all slices, and the grid."""
   patches.check_frames(frames)
-  size_px = video.smart_resize(
+  size_px = frame_size.smart_resize(
     *frames.shape[1:3],
     factor=settings.patch * settings.merge,
     min_pixels=settings.min_pixels,
     max_pixels=settings.max_pixels,
   )
   resized = np.stack(
-    [video.resize_frame(frame, size_px, "bicubic") for frame in frames]
+    [frame_size.resize_frame(frame, size_px, "bicubic") for frame in frames]
   )
   slices = patches.frames_to_patches(
     resized,

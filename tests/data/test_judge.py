@@ -460,7 +460,7 @@ def test_a_missing_key_names_its_variable(make, monkeypatch):
     "localhost:8000",
     "ftp://host/v1",
     "http://",
-    "http://user:secret@host/v1",
+    "http://user:secret@host/v1",  # pragma: allowlist secret
     "http://host/v1?key=secret",
   ],
 )

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cf_jax.data import video
+from cf_jax.data import frame_size, video
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "videos"
 needs_data = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def test_spread_is_the_stated_formula(count, num):
   expected = [int((k + 0.5) * count / num) for k in range(num)]
   if count <= num:
     expected = range(count)
-  np.testing.assert_array_equal(video.spread(count, num), list(expected))
+  np.testing.assert_array_equal(frame_size.spread(count, num), list(expected))
 
 
 def test_scan_of_a_short_video_is_masked(grey):
@@ -109,7 +109,7 @@ def test_seeking_gives_the_frames_of_decoding_through(tmp_path, monkeypatch):
   index = np.array([2, 40, 41, 77, 89])
   through = video.read_frames(path, index)
   scan = video.scan_frames(path, 5, (32, 32))
-  monkeypatch.setattr(video, "_SEEK_FRAMES", 10)
+  monkeypatch.setattr(video, "_SEEK_GAIN", 2)
   sought = video.read_frames(path, index)
   np.testing.assert_array_equal(through[0], sought[0])
   np.testing.assert_array_equal(through[1], sought[1])
@@ -136,7 +136,7 @@ def test_empty_text_and_truncated(tmp_path, grey):
     video.probe(path)
   # By this name FFmpeg takes it for what a terminal shows.
   path = path.rename(tmp_path / "notes.txt")
-  with pytest.raises(video.VideoError, match=r"notes.txt: a text file"):
+  with pytest.raises(video.VideoError, match=r"notes.txt: not a video"):
     video.scan_frames(path, 4, (16, 16))
   path = tmp_path / "cut.mp4"
   path.write_bytes(grey.read_bytes()[:600])
@@ -172,33 +172,35 @@ def test_frame_beyond_the_end(grey):
   ],
 )
 def test_smart_resize_by_hand(size, limits, expected):
-  assert video.smart_resize(*size, **limits) == expected
+  assert frame_size.smart_resize(*size, **limits) == expected
 
 
 def test_smart_resize_refuses_a_thread():
   with pytest.raises(ValueError, match="ratio of at most 200"):
-    video.smart_resize(10, 2010)
+    frame_size.smart_resize(10, 2010)
 
 
 def test_smart_resize_refuses_limits_without_room():
   with pytest.raises(ValueError, match="min_pixels is 900, max_pixels 800"):
-    video.smart_resize(100, 100, min_pixels=900, max_pixels=800)
+    frame_size.smart_resize(100, 100, min_pixels=900, max_pixels=800)
 
 
 def test_frames_of_a_video_share_its_budget():
   """As qwen-vl-utils 0.0.14 has it, with neighbours paired."""
   settings = dict(num_frames=32, total_pixels=3200 * 28 * 28)
   # 200 squares a frame.
-  assert video.fit_size(1080, 1920, **settings) == (280, 504)
+  assert frame_size.fit_size(1080, 1920, **settings) == (280, 504)
   # 100 squares a frame are below the smallest area, 128: 134.4 then.
-  alone = video.fit_size(1080, 1920, **settings, frames_per_slice=1)
+  alone = frame_size.fit_size(1080, 1920, **settings, frames_per_slice=1)
   assert alone == (224, 420)
   # No budget, or one that is never reached: at most 768 squares.
-  free = video.fit_size(1080, 1920, num_frames=32)
+  free = frame_size.fit_size(1080, 1920, num_frames=32)
   assert free == (560, 1008)
-  assert video.fit_size(1080, 1920, num_frames=2, total_pixels=10**9) == free
+  assert (
+    frame_size.fit_size(1080, 1920, num_frames=2, total_pixels=10**9) == free
+  )
   # A limit of the caller's that is lower holds.
-  assert video.fit_size(
+  assert frame_size.fit_size(
     1080, 1920, **settings, min_pixels=28 * 28, max_pixels=64 * 28 * 28
   ) == (168, 280)
 
@@ -217,20 +219,20 @@ def test_frames_of_a_video_share_its_budget():
 )
 def test_sample_index_by_hand(asked, expected):
   """13 frames at 2.5 frames a second."""
-  found = video.sample_index(13, 2.5, **asked)
+  found = frame_size.sample_index(13, 2.5, **asked)
   assert found.tolist() == expected
 
 
 def test_sample_index_refuses():
   with pytest.raises(ValueError, match="give one of them"):
-    video.sample_index(13, 2.5)
+    frame_size.sample_index(13, 2.5)
   with pytest.raises(ValueError, match="give one of them"):
-    video.sample_index(13, 2.5, num_frames=4, sample_fps=1.0)
+    frame_size.sample_index(13, 2.5, num_frames=4, sample_fps=1.0)
   for asked in (dict(num_frames=14), dict(num_frames=1)):
     with pytest.raises(ValueError, match="cannot be taken from a video of 13"):
-      video.sample_index(13, 2.5, **asked)
+      frame_size.sample_index(13, 2.5, **asked)
   with pytest.raises(ValueError, match="cannot be taken from a video of 1;"):
-    video.sample_index(1, 2.5, sample_fps=2.0)
+    frame_size.sample_index(1, 2.5, sample_fps=2.0)
 
 
 def _antialiased_bicubic(length, size):
@@ -248,13 +250,13 @@ def _antialiased_bicubic(length, size):
 def test_bicubic_is_antialiased(size_px):
   rng = np.random.default_rng(0)
   frame = rng.integers(60, 200, (61, 75, 3), dtype=np.uint8)
-  found = video.resize_frame(frame, size_px, "bicubic")
+  found = frame_size.resize_frame(frame, size_px, "bicubic")
   assert found.shape == (*size_px, 3) and found.dtype == np.uint8
   rows, columns = map(_antialiased_bicubic, frame.shape[:2], size_px)
   expected = np.einsum("yh,xw,hwc->yxc", rows, columns, frame, optimize=True)
   assert np.abs(found - expected).max() < 1.5  # rounded after each axis
   assert np.abs(found - expected).mean() < 0.5
-  area = video.resize_frame(frame, size_px, "area")
+  area = frame_size.resize_frame(frame, size_px, "area")
   assert np.abs(area - expected).max() > 5
 
 
@@ -276,7 +278,7 @@ def test_kernel_is_used_when_reading(grey, tmp_path):
     for kernel, frames in made.items():
       for frame, full in zip(frames, whole, strict=True):
         np.testing.assert_array_equal(
-          frame, video.resize_frame(full, (28, 28), kernel)
+          frame, frame_size.resize_frame(full, (28, 28), kernel)
         )
     assert np.any(made["area"] != made["bicubic"])
   with pytest.raises(ValueError, match=r"config\.data\.reader\.resize"):

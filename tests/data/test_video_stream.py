@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cf_jax.data import video
+from cf_jax.data import frame_size, video, video_stream
 from tests.data.test_video import DATA, _write, needs_data
 
 
@@ -26,7 +26,7 @@ def noise(tmp_path_factory):
 
 
 def _gone_through(path, **settings):
-  stream = video.Stream(path, (16, 16), **{"chunk": 32} | settings)
+  stream = video_stream.FrameStream(path, (16, 16), **{"chunk": 32} | settings)
   return stream, list(stream)
 
 
@@ -40,7 +40,9 @@ def test_every_frame_once_and_in_order(noise):
   np.testing.assert_array_equal(stream.time_s, time_s)
   frames = np.concatenate([chunk.frames for chunk in chunks])
   for small, frame in zip(frames, full, strict=True):
-    np.testing.assert_array_equal(small, video.shrink_frame(frame, (16, 16)))
+    np.testing.assert_array_equal(
+      small, frame_size.shrink_frame(frame, (16, 16))
+    )
   assert stream.info == video.probe(noise)
   assert (stream.codec, stream.rotation, stream.start_s) == ("FMP4", 0, 0)
   assert stream.seekable
@@ -98,21 +100,21 @@ def test_a_slot_over_two_parts_gives_one_frame(tmp_path):
 
 
 def test_parts_that_do_not_meet_count_for_nothing(noise, monkeypatch):
-  class Elsewhere(video._Part):
+  class Elsewhere(video_stream._Part):
     """As if its seek had ended at another picture."""
 
     def __setattr__(self, name, value):
       other = name == "first" and value is not None
       super().__setattr__(name, 255 - value if other else value)
 
-  monkeypatch.setattr(video, "_Part", Elsewhere)
+  monkeypatch.setattr(video_stream, "_Part", Elsewhere)
   _same(noise, {}, parts=3)
 
 
 def test_a_header_that_promises_more_than_there_is(noise, monkeypatch):
   told = video.probe(noise)
   monkeypatch.setattr(
-    video, "probe", lambda path: told._replace(num_frames=400)
+    video, "probe", lambda path, limits: told._replace(num_frames=400)
   )
   chunks = _same(noise, {}, parts=3)
   assert {chunk.part for chunk in chunks} == {0}
@@ -126,20 +128,20 @@ def test_shrinking_is_a_mean_of_sixteen():
   rows = frame.reshape(32, 4, 192, 3).astype(float)
   rows = rows[:, [0, 1, 2, 3]].mean(1)
   columns = rows.reshape(32, 32, 6, 3)[:, :, [1, 4]].mean(2)
-  found = video.shrink_frame(frame, (32, 32))
+  found = frame_size.shrink_frame(frame, (32, 32))
   assert np.abs(found - columns).max() <= 1.5  # rounded twice
 
 
 def _steps(monkeypatch):
   """Counts the frames that readers step to."""
   count = []
-  step = video._Reader.step
+  step = video.Reader.step
 
   def counted(reader):
     count.append(reader.position)
     return step(reader)
 
-  monkeypatch.setattr(video._Reader, "step", counted)
+  monkeypatch.setattr(video.Reader, "step", counted)
   return count
 
 
@@ -149,13 +151,13 @@ WANTED = [2, 40, 41, 77, 89]
 def test_seeking_lands_exactly(noise, monkeypatch):
   stream, _ = _gone_through(noise)
   full, _ = video.read_frames(noise)
-  through = list(video.pick_frames(noise, WANTED, stream))
+  through = list(video_stream.pick_frames(noise, WANTED, stream))
   np.testing.assert_array_equal(through, full[WANTED])
-  monkeypatch.setattr(video, "_SEEK_MARGIN", 1)
-  monkeypatch.setattr(video, "_SEEK_GAIN", 2)
+  monkeypatch.setattr(video_stream, "_SEEK_MARGIN", 1)
+  monkeypatch.setattr(video_stream, "_SEEK_GAIN", 2)
   stream.key = list(range(0, 90, 12))
   count = _steps(monkeypatch)
-  sought = list(video.pick_frames(noise, WANTED, stream))
+  sought = list(video_stream.pick_frames(noise, WANTED, stream))
   np.testing.assert_array_equal(sought, full[WANTED])
   assert len(count) < 30  # of 90
 
@@ -163,11 +165,11 @@ def test_seeking_lands_exactly(noise, monkeypatch):
 def test_a_seek_that_ends_elsewhere_is_noticed(noise, monkeypatch):
   stream, _ = _gone_through(noise)
   full, _ = video.read_frames(noise)
-  monkeypatch.setattr(video, "_SEEK_GAIN", 2)
+  monkeypatch.setattr(video_stream, "_SEEK_GAIN", 2)
   stream.key = list(range(0, 90, 12))
   # As if the stamps of this second opening were others.
   stream.time_s = [t + 0.013 for t in stream.time_s]
-  found = list(video.pick_frames(noise, WANTED, stream))
+  found = list(video_stream.pick_frames(noise, WANTED, stream))
   np.testing.assert_array_equal(found, full[WANTED])
 
 
@@ -175,11 +177,11 @@ def test_a_file_that_changed(noise, tmp_path):
   stream, _ = _gone_through(noise)
   short = _write(tmp_path / "short.mp4", 10)
   with pytest.raises(video.VideoError, match="frame 40 cannot be decoded a"):
-    list(video.pick_frames(short, WANTED, stream))
+    list(video_stream.pick_frames(short, WANTED, stream))
 
 
 def test_leaving_early_ends_the_thread(noise):
-  chunks = iter(video.Stream(noise, (16, 16), chunk=1))
+  chunks = iter(video_stream.FrameStream(noise, (16, 16), chunk=1))
   next(chunks)
   assert "decode" in [thread.name for thread in threading.enumerate()]
   chunks.close()
@@ -208,14 +210,14 @@ def test_errors_come_out_of_the_thread(tmp_path):
 )
 def test_real_files_both_ways(name, count, monkeypatch):
   """Frames sought, in several codecs, are those of decoding through."""
-  monkeypatch.setattr(video, "_SEEK_GAIN", 8)
+  monkeypatch.setattr(video_stream, "_SEEK_GAIN", 8)
   _same(DATA / name, {}, parts=3)
   stream, _ = _gone_through(DATA / name)
   assert len(stream.time_s) == count
-  wanted = video.spread(count, 5)
+  wanted = frame_size.spread(count, 5)
   full, time_s = video.read_frames(DATA / name, wanted)
   np.testing.assert_array_equal(np.array(stream.time_s)[wanted], time_s)
-  found = list(video.pick_frames(DATA / name, wanted.tolist(), stream))
+  found = list(video_stream.pick_frames(DATA / name, wanted.tolist(), stream))
   np.testing.assert_array_equal(found, full)
 
 
