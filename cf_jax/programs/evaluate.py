@@ -1,302 +1,610 @@
-"""Accuracy of a policy on held-out videos, under every view of them."""
+"""A policy on a benchmark: predictions, official scores, and what was set.
 
-import itertools
+Everything lies in WORKDIR/BENCHMARK/KEY, whose KEY says the main settings and
+ends with a hash of all that decide: other settings are another folder.
+  predictions.jsonl   the answer to every question, in the benchmark's order
+  questions.jsonl     every question with its truth, what was read, its scores
+  scores.json         the official figures, unrounded
+  table.md            the same for people, with what was left out
+  eval_manifest.json  settings, prompts, hashes, versions, videos not read
+  parts/              answers so far, a file for each process; gone at the end
+
+Interrupted, the same call goes on: a question in `parts` is not asked again.
+Several processes take every n-th video each and write to one file system; the
+last to finish, or process 0 of jax.distributed, puts the parts together.
+
+Questions are grouped by the size and number of their frames and the length of
+their prompts, the costliest first, so that a few programs serve and memory that
+does not suffice shows at once.
+
+Axes: `B` questions, `K` frames shown.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 
-from cf_jax import report
-from cf_jax.data import answers, pipeline, records, shortcuts
-from cf_jax.evals import accuracy, keyframes
-from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import verdicts
-from cf_jax.runtime import telemetry
-from cf_jax.views import Prepared, Selected
+from cf_jax import disk, views
+from cf_jax.data import (
+  datasets,
+  footage,
+  judge,
+  pipeline,
+  prompts,
+  records,
+  video,
+)
+from cf_jax.evals import benchmarks
+from cf_jax.models import config as model_config
+from cf_jax.programs import (
+  answering,
+  choosing,
+  eval_settings,
+  policies,
+  questions,
+)
+from cf_jax.runtime import optim, sharding, telemetry
+
+PREDICTIONS_FILE = "predictions.jsonl"
+QUESTIONS_FILE = "questions.jsonl"
+SCORES_FILE = "scores.json"
+TABLE_FILE = "table.md"
+MANIFEST_FILE = "eval_manifest.json"
+# The samples of "run" and "synthetic" as a manifest, to score them again.
+ANNOTATIONS_FILE = "annotations.jsonl"
+_PARTS = "parts"
+
+# -------------------------------------------------------------- what is kept
 
 
-class Judged(NamedTuple):
-  """One arm's answers to a list of samples.
-
-  Attributes:
-    correct: bool[n].
-    text: the n completions.
-    score: float32[n] what the answer earns in the main component of its kind
-      (accuracy, IoU, share of events): `correct` is this from a limit on.
-  """
-
-  correct: np.ndarray
-  text: list[str]
-  score: np.ndarray
-
-
-class Evaluator:
-  """Greedy answers to a fixed list of samples, its videos prepared once.
+def open_folder(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  *,
+  where: Mapping[str, Any],
+  example: Mapping[str, Any],
+  writes: bool,
+) -> dict[str, Any]:
+  """The manifest of a folder, with this start in it.
 
   Args:
-    experiment: from `experiment.build`.
-    samples: held-out samples.
-    arms: names from `views.ARMS`.
-    batch_size: videos a device call answers.
-    max_tokens: completion limit.
-  """
+    folder: of the evaluation.
+    settings: of `eval_settings.decides`.
+    where: what was read from which paths.
+    example: one whole prompt.
+    writes: False leaves the file to another process.
 
-  def __init__(
-    self,
-    experiment: experiment_lib.Experiment,
-    samples: Sequence[records.Sample],
-    arms: Sequence[str],
-    *,
-    batch_size: int,
-    max_tokens: int,
-  ):
-    self._experiment = experiment
-    self._samples = list(samples)
-    self._arms = tuple(arms)
-    # The last batch is filled up; so is one too small for all devices.
-    parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-    smaller = min(batch_size, len(self._samples))
-    self._batch_size = parts * -(-smaller // parts)
-    self._sample = experiment_lib.make_sample_steps(
-      experiment, num_completions=1, max_tokens=max_tokens, temperature=0.0
+  Raises:
+    ValueError: the folder holds an evaluation with other settings.
+  """
+  path = folder / MANIFEST_FILE
+  starts = []
+  if path.exists():
+    held = json.loads(path.read_text("utf-8"))
+    if held["settings"] != settings:
+      changed = eval_settings.differences(held["settings"], settings)
+      said = [f"{k} (there {a!r}, now {b!r})" for k, a, b in changed[:5]]
+      raise ValueError(
+        f"{folder} holds an evaluation with other settings: {'; '.join(said)};"
+        " give another --workdir"
+      )
+    starts = held["starts"]
+  start = dict(
+    versions=telemetry.versions(),
+    git=telemetry.git_revision(),
+    devices=[str(device.device_kind) for device in jax.local_devices()],
+    time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  )
+  if starts and starts[-1]["versions"] != start["versions"]:
+    logging.warning(
+      "%s was begun with other versions of packages; its manifest has both",
+      folder,
     )
-    self._encode = experiment_lib.make_encode_step(experiment)
-    self._judge = verdicts.make_judge(experiment)
-    self._prepared: list[tuple[Prepared, int]] = []
-    self._select = None
-
-  def select_by(self, select: Callable[[pipeline.Batch], Selected]) -> None:
-    """From now on the videos are prepared with other keyframes.
-
-    Args:
-      select: batch -> Keyframes and uniform frames, as numpy arrays.
-    """
-    self._select, self._prepared = select, []
-
-  def prepare(self) -> None:
-    """Scans and decodes the videos; later calls reuse it."""
-    if self._prepared:
-      return
-    settings = dict(self._experiment.config.data.loader)
-    count = len(self._samples)
-    with telemetry.progress("scan videos", count, unit="video") as bar:
-      for start in range(0, count, self._batch_size):
-        rows = self._samples[start : start + self._batch_size]
-        real = len(rows)
-        rows = rows + [rows[-1]] * (self._batch_size - real)
-        batch = pipeline.collate(
-          rows,
-          np.arange(start, start + self._batch_size),
-          scan_frames=settings["scan_frames"],
-          scan_size_px=settings["scan_size_px"],
-        )
-        selected = self._select(batch) if self._select else None
-        prepared = self._experiment.make_views(
-          batch, self._arms, selected=selected
-        )
-        self._prepared.append((prepared, real))
-        bar.advance(real)
-
-  def run(
-    self, params: Any, *, show_progress: bool = False
-  ) -> dict[str, Judged]:
-    """Answers every sample under every arm."""
-    self.prepare()
-    with telemetry.progress(
-      "answer", len(self._samples), unit="video", active=show_progress
-    ) as bar:
-      return self._answer_all(params, bar)
-
-  def _answer_all(self, params, bar):
-    found = {arm: ([], []) for arm in self._arms}
-    seed = self._experiment.put(np.zeros((self._batch_size, 2), np.uint32))
-    apart = self._sample.unstack(params, rows=self._batch_size)
-    for prepared, real in self._prepared:
-      pixel = self._experiment.make_views.patches(
-        experiment_lib.shown_frames(prepared)
-      )
-      encoded = self._encode(params, self._experiment.put(pixel))
-      for arm in self._arms:
-        begun = self._sample.prefill(
-          params, self._experiment.put(prepared.view[arm]), encoded, seed
-        )
-        rollout = jax.device_get(self._sample.decode(apart, begun).rollout)
-        text = experiment_lib.decode_rollout(
-          self._experiment.tokenizer, rollout.token, rollout.mask
-        )
-        scores, texts = found[arm]
-        texts += [row[0] for row in text[:real]]
-        verdict = self._judge(prepared, rollout.token, rollout.mask)
-        scores += list(verdicts.main_score(verdict)[:real, 0])
-      bar.advance(real)
-    return {
-      arm: Judged(
-        correct=np.asarray(
-          [
-            answers.is_right(score, sample.kind)
-            for score, sample in zip(scores, self._samples, strict=True)
-          ],
-          dtype=bool,
-        ),
-        text=texts,
-        score=np.asarray(scores, np.float32),
-      )
-      for arm, (scores, texts) in found.items()
-    }
-
-  def hit_rates(self) -> dict[str, float]:
-    """Share of the annotated intervals that got a frame, by kind of frames.
-
-    Empty where nothing is annotated.
-    """
-    self.prepare()
-    found = {"keyframes": [], "uniform": []}
-    for prepared, real in self._prepared:
-      evidence = [s.evidence for s in prepared.batch.samples[:real]]
-      num_keyframes = prepared.keyframes.index.shape[1]
-      for name, first in (("keyframes", 0), ("uniform", num_keyframes)):
-        seconds = prepared.frame_time_s[:real, first : first + num_keyframes]
-        found[name].append(keyframes.evidence_hits(evidence, seconds))
-    return {
-      name: float(sum(hits.sum() for hits, _ in parts) / count)
-      for name, parts in found.items()
-      if (count := sum(count.sum() for _, count in parts))
-    }
-
-  def write_predictions(
-    self, judged: dict[str, dict[str, Judged]], path: pathlib.Path
-  ) -> None:
-    """Every completion behind the accuracies, one JSON object a line.
-
-    Args:
-      judged: stage -> arm -> Judged, from `run`.
-      path: of the JSONL file.
-    """
-    lines = [
-      json.dumps(
-        {
-          "id": sample.id,
-          "task": sample.task,
-          "answer": sample.answer,
-          "stage": stage,
-          "view": arm,
-          "completion": answered.text[n],
-          "correct": bool(answered.correct[n]),
-          "score": round(float(answered.score[n]), 6),
-        },
-        ensure_ascii=False,
-      )
-      for stage, arms in judged.items()
-      for arm, answered in arms.items()
-      for n, sample in enumerate(self._samples)
-    ]
-    telemetry.write_text(path, "\n".join(lines) + "\n")
-
-  def write_film_strips(self, workdir: pathlib.Path, count: int) -> None:
-    """Draws uniform frames against keyframes, tasks in turn.
-
-    Args:
-      workdir: of the run; pictures go to its `film_strips` folder.
-      count: how many videos of the first batch.
-    """
-    self.prepare()
-    prepared, real = self._prepared[0]
-    by_task = {}
-    for n, sample in enumerate(prepared.batch.samples[:real]):
-      by_task.setdefault(sample.task, []).append(n)
-    turns = itertools.zip_longest(*(by_task[task] for task in sorted(by_task)))
-    chosen = [n for turn in turns for n in turn if n is not None][:count]
-    num_keyframes = prepared.keyframes.index.shape[1]
-    for place, n in enumerate(chosen):
-      sample, batch = prepared.batch.samples[n], prepared.batch
-      seen = batch.scan_mask[n]
-      keyframe = prepared.frame_mask[n, :num_keyframes]
-      uniform = prepared.frame_mask[n, num_keyframes:]
-      seconds = prepared.frame_time_s[n]
-      shown = prepared.frames[n]
-      report.film_strip(
-        workdir / report.STRIPS_FOLDER / f"{place:02d}_{sample.task}.png",
-        uniform_frames=shown[num_keyframes : 2 * num_keyframes][uniform],
-        uniform_s=seconds[num_keyframes:][uniform],
-        tad_frames=shown[:num_keyframes][keyframe],
-        tad_s=seconds[:num_keyframes][keyframe],
-        score=prepared.keyframes.variation[n][seen],
-        time_s=batch.scan_time_s[n][seen],
-        apex=prepared.keyframes.apex[n][seen],
-        events=[(start, end, "evidence") for start, end in sample.evidence],
-        about={
-          "question": sample.question,
-          "options": list(sample.options),
-          "answer": sample.answer,
-          "task": sample.task,
-        },
-      )
-
-  def rows(self, judged: dict[str, Judged], stage: str) -> list[dict]:
-    """Rows of `results.json`: stage, view, task, accuracy and interval.
-
-    `score` is the mean score: of intervals and boxes the mean IoU, of which
-    `recall` is the share from 0.3, 0.5 and 0.7 on. Regressions have `mra`, the
-    mean relative accuracy.
-    """
-    tasks = [sample.task for sample in self._samples]
-    return [
-      {"stage": stage, "view": arm, "task": task, **share._asdict()}
-      | self._more(answered, task)
-      for arm, answered in judged.items()
-      for task, share in accuracy.by_task(answered.correct, tasks).items()
-    ]
-
-  def _more(self, answered: Judged, task: str) -> dict:
-    """What a row says beside the accuracy."""
-    mine = [
-      n
-      for n, sample in enumerate(self._samples)
-      if task in ("all", sample.task)
-    ]
-    kinds = {self._samples[n].kind for n in mine}
-    made = {"score": float(np.mean(answered.score[mine]))}
-    if kinds <= {"interval", "tracking"}:
-      made["recall"] = {
-        str(limit): float(np.mean(answered.score[mine] >= limit))
-        for limit in (0.3, 0.5, 0.7)
-      }
-    if kinds == {"regression"}:
-      made["mra"] = float(
-        np.mean([accuracy.relative_accuracy(answered.score[n]) for n in mine])
-      )
-    return made
+  manifest = dict(
+    settings=dict(settings),
+    settings_hash=eval_settings.digest_of(settings),
+    where=dict(where),
+    example=dict(example),
+    starts=[*starts, start],
+    results=None,
+  )
+  if writes:
+    telemetry.write_json(path, manifest)
+  return manifest
 
 
-def probes(
-  experiment: experiment_lib.Experiment, count: int
-) -> dict[str, dict[str, float]]:
-  """Small probes for shortcuts in the built-in set, by `data.shortcuts`.
+def read_answers(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """id -> row of everything that was answered so far, in whatever file.
+
+  What could not be read is in it where nothing better is.
+  """
+  found = {}
+  # The parts go when the whole is there, so they are read first.
+  paths = [*sorted((folder / _PARTS).glob("*.jsonl"))]
+  for path in [*paths, folder / PREDICTIONS_FILE]:
+    for row in telemetry.read_rows(path):
+      known = found.get(row["id"])
+      if known is None or "unreadable" in known:
+        found[row["id"]] = row
+  return found
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  return json.dumps(telemetry.to_jsonable(row), ensure_ascii=False) + "\n"
+
+
+# ------------------------------------------------------------------------ run
+
+
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> dict[str, Any] | None:
+  """Answers what is not answered yet, and scores when everything is.
 
   Args:
-    experiment: from `experiment.build`.
-    count: test videos the probes are fitted and judged on.
+    config: of configs/evaluate.py.
+    workdir: gets the folder of this evaluation, among others.
 
   Returns:
-    name -> accuracy, chance, half_interval; nothing for a user's own data,
-    whose true events are not known.
+    What scores.json holds, with the folder under "folder"; None in a process
+    that does not score.
+
+  Raises:
+    ValueError: a setting, the policy or the annotations are not as they should
+      be, or too many videos cannot be read.
   """
-  if experiment.config.data.source != "synthetic" or count == 0:
-    return {}
-  samples = experiment.samples["test"][:count]
-  settings = experiment.config.data.loader
-  batch = pipeline.collate(
+  eval_settings.check_settings(config)
+  begin = time.monotonic()
+  index, count = config.shard.index, config.shard.count
+  if config.distributed:
+    index, count = jax.process_index(), jax.process_count()
+
+  # ---- what is asked, by whom ----
+  # Every process has the whole policy: none waits for another's videos.
+  mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
+  described = policies.describe(config.policy, config.init_from)
+  model, tokenizer = described
+  config = eval_settings.settle(config, model)
+  samples = questions.read_questions(config)
+  judged = [s for s in samples if s.kind in ("open_ended", "caption")]
+  if judged and not config.judge.url:
+    logging.warning(
+      "%d questions are scored by an LLM and config.judge.url is empty: the"
+      " answers will be kept, but not scored",
+      len(judged),
+    )
+  wording = questions.Wording(config)
+  planner = answering.Planner(config, model, tokenizer, wording)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  batch_size = parts * -(-config.batch_size // parts)
+  chooser = eval_settings.open_chooser(config, mesh, model, batch_size)
+  policy = policies.load_policy(
+    config.policy,
+    mesh,
+    dtype=config.dtype,
+    init_from=config.init_from,
+    described=described,
+  )
+  weights = optim.fingerprint(policy.params)
+  answerer = answering.Answerer(
+    policy, mesh, seed=config.seed, **config.sampling
+  )
+  settings = eval_settings.decides(
+    config,
+    model=policy.model,
+    tokenizer=tokenizer,
+    wording=wording,
+    chooser=chooser,
+    samples=samples,
+    weights=weights,
+    eos_id=answerer.eos_id,
+  )
+  folder = (
+    workdir
+    / config.benchmark
+    / eval_settings.key_of(config, eval_settings.digest_of(settings))
+  )
+  manifest = open_folder(
+    folder,
+    settings,
+    where=dict(
+      policy=policy.source,
+      selector=chooser.source,
+      root=config.root,
+      annotations=_annotation_hashes(config),
+    ),
+    example=_example(samples[0], planner, tokenizer, wording, config, model),
+    writes=index == 0,
+  )
+  del policy
+
+  # ---- this process's share, less what is done ----
+  answered = read_answers(folder)
+  ids = {sample.id for sample in samples}
+  foreign = sorted(answered.keys() - ids)
+  if foreign:
+    raise ValueError(
+      f"{folder} has answers to {len(foreign)} questions that are not asked"
+      f" ({', '.join(foreign[:3])}); remove them, or give another --workdir"
+    )
+  videos = list(dict.fromkeys(map(footage.of_sample, samples)))
+  mine = set(videos[index::count])
+  numbers = [
+    n for n, sample in enumerate(samples) if footage.of_sample(sample) in mine
+  ]
+  left = [
+    n
+    for n in numbers
+    if "unreadable" in answered.get(samples[n].id, {"unreadable": ""})
+  ]
+  part = folder / _PARTS / f"{index}.jsonl"
+  if left:
+    kept = [row for row in telemetry.read_rows(part) if "unreadable" not in row]
+    disk.write_text(part, "".join(map(_line, kept)))  # no half a line
+  telemetry.startup_table(
+    f"{config.benchmark}: {len(samples)} questions about {len(videos)} videos",
+    {
+      "policy": manifest["where"]["policy"],
+      "weights": weights,
+      "devices": f"{len(mesh.devices.flat)} x"
+      f" {jax.local_devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+      "frames": eval_settings.key_of(config, eval_settings.digest_of(settings)),
+      "done before": f"{len(numbers) - len(left)} of {len(numbers)}"
+      + (f" (process {index} of {count})" if count > 1 else ""),
+      "kept in": str(folder),
+    },
+  )
+  _answer(
+    config,
     samples,
-    np.arange(len(samples)),
-    scan_frames=settings.scan_frames,
-    scan_size_px=settings.scan_size_px,
+    left,
+    planner=planner,
+    wording=wording,
+    chooser=chooser,
+    answerer=answerer,
+    model=model,
+    tokenizer=tokenizer,
+    part=part,
+    batch_size=batch_size,
+    num_before=len(numbers) - len(left),
+    max_unreadable=int(config.data.max_skip_fraction * len(mine)),
+    show=index == 0,
   )
-  found = shortcuts.shortcut_probes(
-    shortcuts.specs_of(samples),
-    batch.scan,
-    np.random.default_rng(experiment.config.seed),
+  if config.distributed and count > 1:
+    multihost_utils.sync_global_devices("every share is answered")
+    if index:
+      return None
+
+  # ---- all shares together ----
+  answered = read_answers(folder)
+  missing = [sample.id for sample in samples if sample.id not in answered]
+  if missing and config.distributed:
+    raise ValueError(
+      f"{len(missing)} of {len(samples)} answers of the other processes are not"
+      f" in {folder / _PARTS}; all need one file system: put --workdir there,"
+      " or copy their parts and start again"
+    )
+  if missing:
+    logging.info(
+      "%d of %d questions are answered; the last share to finish scores",
+      len(samples) - len(missing),
+      len(samples),
+    )
+    return None
+  return finish(
+    config, samples, answered, folder, manifest, time.monotonic() - begin
   )
-  return {name: probe._asdict() for name, probe in found.items()}
+
+
+def _annotation_hashes(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Path of each annotation file -> its SHA-256."""
+  if config.benchmark == "jsonl":
+    files = [pathlib.Path(config.annotations).expanduser()]
+  elif config.benchmark in questions.OWN:
+    files = []
+  else:
+    files = datasets.annotation_files(
+      config.benchmark,
+      config.annotations,
+      root=config.root,
+      split=config.split,
+    )
+  return {
+    str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+  }
+
+
+def _example(sample, planner, tokenizer, wording, config, model) -> dict:
+  """A whole prompt, with frames at 0, 1, 2, ... seconds; pads as one each."""
+  count = config.num_keyframes // config.prompt.frames_per_slice
+  row = prompts.build_prompt(
+    tokenizer,
+    wording(sample, np.arange(count)),
+    (),
+    frame_time_s=np.arange(count),
+    grid=(1, 1),
+    **planner.build,
+  )
+  return dict(id=sample.id, prompt=tokenizer.decode(row.token))
+
+
+def _answer(
+  config: ml_collections.ConfigDict,
+  samples: Sequence[records.Sample],
+  left: Sequence[int],
+  *,
+  planner: answering.Planner,
+  wording: questions.Wording,
+  chooser: choosing.Chooser,
+  answerer: answering.Answerer,
+  model: model_config.VLMConfig,
+  tokenizer: prompts.Tokenizer,
+  part: pathlib.Path,
+  batch_size: int,
+  num_before: int,
+  max_unreadable: int,
+  show: bool,
+) -> None:
+  """Adds the answers to the questions `left` to a file, batch by batch.
+
+  Raises:
+    ValueError: more videos than `max_unreadable` cannot be read.
+  """
+  if not left:
+    return
+  turn = threading.Lock()
+  lost = {}
+
+  def lose(number, reason):
+    """The row of a question whose video cannot be read."""
+    lost[footage.of_sample(samples[number])] = reason
+    if len(lost) > max_unreadable:
+      said = "; ".join(list(lost.values())[:5])
+      raise ValueError(
+        f"{len(lost)} videos cannot be read, at most {max_unreadable} may be"
+        f" (config.data.max_skip_fraction={config.data.max_skip_fraction}):"
+        f" {said}"
+      )
+    sample = samples[number]
+    return dict(id=sample.id, response="", unreadable=reason)
+
+  decoder = pipeline.make_decoder(
+    decode=config.data.decode,
+    limits=config.data.limits,
+    frame_cache=config.data.frame_cache,
+    contained=not questions.is_built_in(config),
+  )
+  preparer = answering.Preparer(
+    config,
+    model,
+    tokenizer,
+    samples,
+    planner=planner,
+    wording=wording,
+    chooser=chooser,
+    decoder=decoder,
+    batch_size=batch_size,
+    turn=turn,
+  )
+  with contextlib.closing(decoder), open(part, "ab") as file:
+
+    def write(rows):
+      file.write("".join(map(_line, rows)).encode("utf-8", "replace"))
+      file.flush()
+
+    infos, broken = {}, {}
+    looked = list(dict.fromkeys(footage.of_sample(samples[n]) for n in left))
+
+    def probe(one):
+      try:
+        return decoder.probe(one)
+      except video.VideoError as error:
+        return error
+
+    with (
+      concurrent.futures.ThreadPoolExecutor(max(1, decoder.processes)) as pool,
+      telemetry.progress(
+        "headers", len(looked), unit="video", active=show
+      ) as bar,
+    ):
+      for one, found in zip(looked, pool.map(probe, looked)):
+        if isinstance(found, video.VideoError):
+          broken[one] = str(found)
+        else:
+          infos[one] = found
+        bar.advance()
+    fine = [n for n in left if footage.of_sample(samples[n]) in infos]
+    groups = planner(samples, fine, infos)
+    write(
+      [
+        lose(n, broken[footage.of_sample(samples[n])])
+        for n in left
+        if footage.of_sample(samples[n]) in broken
+      ]
+    )
+    num_before += len(left) - len(fine)
+    with telemetry.progress(
+      "answer",
+      num_before + len(fine),
+      start=num_before,
+      unit="question",
+      active=show,
+    ) as bar:
+      for ready in preparer.batches(groups):
+        rows = [lose(n, reason) for n, reason in ready.unreadable.items()]
+        if ready.prepared is not None:
+          said = answerer(
+            ready.prepared,
+            ready.make_views,
+            ready.prepared.batch.sample_index,
+            turn,
+          )
+          rows += [
+            _row(samples[n], ready.prepared, k, said[k])
+            for k, n in enumerate(ready.numbers)
+          ]
+        write(rows)
+        bar.advance(len(rows))
+
+
+def _row(
+  sample: records.Sample, prepared: views.Prepared, k: int, said: dict
+) -> dict[str, Any]:
+  """A line of predictions.jsonl: row k of a batch."""
+  keyframes, batch = prepared.keyframes, prepared.batch
+  scanned = keyframes.index[k][keyframes.mask[k]]
+  return dict(
+    id=sample.id,
+    response=said["response"],
+    frames=batch.frame_index[k, scanned].tolist(),
+    time_s=[round(float(s), 3) for s in batch.scan_time_s[k, scanned]],
+    size_px=list(prepared.frames.shape[2:4]),
+    prompt_tokens=said["prompt_tokens"],
+    new_tokens=said["new_tokens"],
+    ended=said["ended"],
+  )
+
+
+def finish(
+  config: ml_collections.ConfigDict,
+  samples: Sequence[records.Sample],
+  answered: Mapping[str, Mapping[str, Any]],
+  folder: pathlib.Path,
+  manifest: dict[str, Any],
+  seconds: float,
+) -> dict[str, Any]:
+  """Puts the answers together, scores them, and says what came out.
+
+  Args:
+    config: settled.
+    samples: the questions.
+    answered: id -> row, of every question.
+    folder: of the evaluation.
+    manifest: of it; gets the results.
+    seconds: that this start took.
+
+  Returns:
+    What scores.json holds, with the folder under "folder".
+  """
+  rows = [answered[sample.id] for sample in samples]
+  lost = {
+    sample.video: row["unreadable"]
+    for sample, row in zip(samples, rows)
+    if "unreadable" in row
+  }
+  num_lost = sum("unreadable" in row for row in rows)
+  left_out = config.unreadable == "left_out"
+  kept = [r for r in rows if not (left_out and "unreadable" in r)]
+  own = config.benchmark in questions.OWN
+  # Before the scoring, which may want a judge that is not there.
+  disk.write_text(folder / PREDICTIONS_FILE, "".join(map(_line, kept)))
+  if own:
+    disk.write_text(folder / ANNOTATIONS_FILE, records.to_jsonl(samples))
+  ask_judge = judge.Judge(**config.judge).score if config.judge.url else None
+  scores = benchmarks.score(
+    "jsonl" if own else config.benchmark,
+    list(samples),
+    {row["id"]: row["response"] for row in kept},
+    allow_partial=left_out and bool(num_lost),
+    ask=ask_judge,
+  )
+  disk.write_text(
+    folder / QUESTIONS_FILE,
+    "".join(_line(_question(sample, scores)) for sample in samples),
+  )
+  made = benchmarks.to_json(scores)
+  telemetry.write_json(folder / SCORES_FILE, made)
+  cut = sum(not row.get("ended", True) for row in rows)
+  # Video-MME's script divides by the questions that have an answer.
+  answered_alone = any(row.metric == "accuracy_all" for row in scores.figures)
+  notes = _notes(config, len(samples), num_lost, len(lost), cut, answered_alone)
+  head = f"# {config.benchmark}: {folder.name}\n\n"
+  foot = "".join(f"- {note}\n" for note in notes)
+  disk.write_text(
+    folder / TABLE_FILE,
+    f"{head}{benchmarks.markdown(scores).strip()}\n\n{foot}"
+    f"- policy: `{manifest['where']['policy']}`, weights"
+    f" {manifest['settings']['policy']['weights']}\n",
+  )
+  manifest["results"] = dict(
+    answered=len(rows) - num_lost,
+    unreadable=lost,
+    unreadable_questions=num_lost,
+    cut_off=cut,
+    seconds=round(seconds, 1),
+  )
+  telemetry.write_json(folder / MANIFEST_FILE, manifest)
+  for path in (folder / _PARTS).glob("*.jsonl"):
+    path.unlink(missing_ok=True)
+  with contextlib.suppress(OSError):
+    (folder / _PARTS).rmdir()
+  columns, lines = benchmarks.table(scores)
+  telemetry.closing_table(config.benchmark, columns, lines)
+  for note in notes:
+    logging.info("%s", note)
+  logging.info("kept in %s", folder)
+  return made | dict(folder=str(folder))
+
+
+def _notes(
+  config, count, num_lost, num_videos, cut, answered_alone
+) -> list[str]:
+  """What a reader of the table has to know."""
+  notes = []
+  if config.num_questions or config.only:
+    notes.append(
+      f"a part of the benchmark alone: {count} questions"
+      f" (config.num_questions={config.num_questions},"
+      f" config.only={tuple(config.only)})"
+    )
+  if num_lost:
+    how = "count as wrong"
+    if answered_alone:
+      how += " in accuracy_all; accuracy leaves them out, as its authors do"
+    if config.unreadable == "left_out":
+      how = "are left out of all figures"
+    notes.append(
+      f"{num_lost} of {count} questions are about {num_videos} videos that"
+      f" cannot be read; they {how} (config.unreadable), see"
+      f" {MANIFEST_FILE}"
+    )
+  else:
+    notes.append(f"all {count} questions were asked, every video was read")
+  if cut:
+    notes.append(
+      f"{cut} answers were cut off at {config.sampling.max_tokens} tokens"
+      " (config.sampling.max_tokens)"
+    )
+  return notes
+
+
+def _question(sample: records.Sample, scores: Any) -> dict[str, Any]:
+  """A line of questions.jsonl."""
+  row = dict(
+    id=sample.id,
+    video=sample.video,
+    clip=sample.clip,
+    fps=sample.fps,
+    kind=sample.kind,
+    task=sample.task,
+    groups=dict(sample.groups),
+    question=sample.question,
+    options=list(sample.options),
+    labels=list(sample.labels),
+    answer=sample.answer,
+    read=scores.answer.get(sample.id),
+    score=scores.question.get(sample.id, {}),
+  )
+  return row | dict(evidence=[list(pair) for pair in sample.evidence])
