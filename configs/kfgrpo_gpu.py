@@ -4,8 +4,11 @@
     --config.init_from=Qwen2.5-VL-7B-Instruct \
     --config.data.source=jsonl:FOLDER --workdir=runs/kfgrpo
 
-The method is that of configs/kfgrpo_cpu.py. Nobody has run this at full size
-yet: the sizes are a place to start from, not a tuned recipe.
+The method is that of configs/kfgrpo_cpu.py. For one host of eight 80 GB GPUs
+(bash launch/run.sh) or a Slurm cluster (bash launch/slurm.sh, one process for
+each GPU). Nobody has run this at full size yet: the sizes are a place to start
+from, not a tuned recipe. The planner has no compiler for GPUs that are not
+there; what it says of the same programs on TPUs is in docs/scale.md.
 
   configs/kfgrpo_gpu.py:smoke   a small policy on built-in data
 """

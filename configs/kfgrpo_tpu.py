@@ -1,12 +1,21 @@
 """KF-GRPO on a TPU slice or pod: Qwen2.5-VL-7B on your videos.
 
-  python -m cf_jax.main --config=configs/kfgrpo_tpu.py \
-    --config.init_from=Qwen2.5-VL-7B-Instruct \
-    --config.data.source=jsonl:FOLDER --workdir=runs/kfgrpo
+  bash launch/tpu_vm.sh run --config=configs/kfgrpo_tpu.py \
+    --config.init_from=/home/$USER/bucket/Qwen2.5-VL-7B-Instruct \
+    --config.data.source=jsonl:/home/$USER/bucket/my_videos \
+    --workdir=/home/$USER/bucket/runs/kfgrpo
 
-configs/kfgrpo_gpu.py with a pod's batch and one process for each host. Nobody
-has run this at full size yet: the sizes are a place to start from, not a tuned
-recipe.
+configs/kfgrpo_gpu.py with a slice's batch, one process for each host; from an
+empty cloud project on: docs/tpu.md. For 64 chips: v6e-64 (v6e:8x8 to the
+planner) or v5p-128 (v5p:4x4x4). Of other slices, set rl.prompts_per_step to a
+multiple of the chips. Nobody has run this on TPUs yet.
+
+  python -m cf_jax.main --config=configs/plan.py \
+    --config.target=configs/kfgrpo_tpu.py --config.topology=v6e:8x8
+
+says what a chip would hold, compute and send. Of the update on v6e:8x8: 9.1 of
+31.25 GiB a chip, at least 0.9 s, MFU at most 54 % (docs/scale.md; a bound, not
+a measurement).
 
   configs/kfgrpo_tpu.py:smoke   a small policy on built-in data
 """
@@ -23,5 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.name = "kfgrpo_tpu" + (f"_{arg}" if arg else "")
   if not smoke:
     config.distributed = True
-    config.rl.prompts_per_step = 32
+    config.rl.prompts_per_step = 64  # of all chips together: one for each
+    config.sampling.max_tokens = 768
+    config.evaluation.batch_size = 64
   return config

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -398,6 +399,241 @@ def test_this_python_is_one_of_the_supported():
   )
 
 
-@pytest.mark.parametrize("name", ["run.sh", "test.sh", "setup.sh"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "run.sh",
+    "test.sh",
+    "setup.sh",
+    "audit.sh",
+    "keep.sh",
+    "local_pod.sh",
+    "slurm.sh",
+    "tpu_vm.sh",
+  ],
+)
 def test_scripts_parse(name):
   subprocess.run(["bash", "-n", ROOT / "launch" / name], check=True)
+
+
+# ---------------------------------------------------------------- many machines
+
+
+def dry(script, *arguments, **env):
+  """(exit code, lines said, the error) of a script that must do nothing."""
+  ran = subprocess.run(
+    ["bash", ROOT / "launch" / script, *arguments],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={"PATH": os.environ["PATH"], "HOME": "/nowhere"} | env,
+  )
+  return ran.returncode, ran.stdout.splitlines(), ran.stderr
+
+
+TPU = dict(
+  TPU_NAME="cf", TPU_ZONE="us-east5-a", TPU_TYPE="v6e-64", TPU_BUCKET="runs"
+)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "commands"),
+  [
+    (
+      ["create", "--dry-run", "--spot"],
+      [
+        "gcloud compute tpus tpu-vm create cf --zone=us-east5-a"
+        " --accelerator-type=v6e-64 --version=v2-alpha-tpuv6e --spot"
+      ],
+    ),
+    (
+      ["create", "--dry-run", "--queued"],
+      [
+        "gcloud compute tpus queued-resources create cf --node-id=cf"
+        " --zone=us-east5-a --accelerator-type=v6e-64"
+        " --runtime-version=v2-alpha-tpuv6e"
+      ],
+    ),
+    (
+      ["stop", "--dry-run"],
+      ["gcloud compute tpus tpu-vm ssh cf --zone=us-east5-a --worker=all"],
+    ),
+    (
+      ["delete", "--dry-run", "--queued"],
+      [
+        "gcloud compute tpus queued-resources delete cf --zone=us-east5-a"
+        " --force --quiet"
+      ],
+    ),
+    (
+      ["logs", "--dry-run"],
+      ["gcloud compute tpus tpu-vm ssh cf --zone=us-east5-a --worker=0"],
+    ),
+  ],
+)
+def test_a_slice_command_by_command(arguments, commands):
+  code, said, error = dry("tpu_vm.sh", *arguments, **TPU)
+  assert code == 0, error
+  ran = [line.removeprefix("+ ") for line in said if line.startswith("+ ")]
+  assert len(ran) == len(commands)
+  for line, command in zip(ran, commands, strict=True):
+    assert line.strip().startswith(command)
+
+
+def test_a_preempted_slice_is_made_set_up_and_started():
+  code, said, error = dry(
+    "tpu_vm.sh", "keep", "--dry-run", "--spot", "--config=a b.py", **TPU
+  )
+  assert code == 0, error
+  text = "\n".join(said)
+  places = [
+    text.index(word)
+    for word in ("tpu-vm create cf", "code.tgz", "gcsfuse", "keep_running")
+  ]
+  assert places == sorted(places)
+  # The argument is one word on the worker too, through two shells.
+  (start,) = (line for line in said if "keep_running" in line)
+  (command,) = (
+    word.removeprefix("--command=")
+    for word in shlex.split(start)
+    if word.startswith("--command=")
+  )
+  inner = shlex.split(command)
+  script = inner[inner.index("-c") + 1]
+  assert "--config=a b.py" in shlex.split(script)
+  assert "--config.distributed=True" in script
+
+
+def test_secrets_are_named_and_never_said():
+  code, said, error = dry(
+    "tpu_vm.sh",
+    "run",
+    "--dry-run",
+    "--config=x.py",
+    **TPU,
+    PASS_ENV="JUDGE_KEY",
+    JUDGE_KEY="hunter2",
+  )
+  assert code == 0
+  assert "JUDGE_KEY" in "\n".join(said)
+  assert "hunter2" not in "\n".join(said) + error
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "env", "words"),
+  [
+    ("tpu_vm.sh", [], TPU, "create, setup, run"),
+    ("tpu_vm.sh", ["create", "--dry-run"], {}, "TPU_NAME is not set"),
+    ("tpu_vm.sh", ["run", "--dry-run"], TPU, "say what to run"),
+    (
+      "tpu_vm.sh",
+      ["create", "--dry-run"],
+      TPU | {"TPU_TYPE": "v99-8"},
+      "TPU_VERSION",
+    ),
+    (
+      "tpu_vm.sh",
+      ["run", "--dry-run", "--config=x"],
+      TPU | {"PASS_ENV": "NO_SUCH"},
+      "NO_SUCH, which is not set",
+    ),
+    ("slurm.sh", ["--dry-run"], {}, "say what to run"),
+    ("slurm.sh", ["--dry-run", "x"], {"NODES": "two"}, "NODES must be"),
+    ("local_pod.sh", ["two"], {}, "say how many"),
+  ],
+)
+def test_what_is_missing_is_one_sentence(script, arguments, env, words):
+  code, _, error = dry(script, *arguments, **env)
+  assert code == 1
+  (line,) = error.splitlines()
+  assert line.startswith("error: ") and words in line
+
+
+def test_slurm_submits_itself_and_starts_a_process_for_each_gpu():
+  code, said, error = dry(
+    "slurm.sh",
+    "--dry-run",
+    "--config=a b.py",
+    NODES="2",
+    GPUS="4",
+    PARTITION="gpu",
+    SBATCH_EXTRA="--mem=0",
+  )
+  assert code == 0, error
+  submit, start = (shlex.split(line) for line in said if line[0] == "+")
+  for word in (
+    "--nodes=2",
+    "--ntasks-per-node=4",
+    "--gpus-per-node=4",
+    "--partition=gpu",
+    "--mem=0",
+    "--config=a b.py",
+  ):
+    assert word in submit
+  assert start[1] == "srun" and start[-2:] == [
+    "--config=a b.py",
+    "--config.distributed=True",
+  ]
+  directives = (ROOT / "launch" / "slurm.sh").read_text()
+  assert "#SBATCH --requeue" in directives and "--signal=B:TERM" in directives
+
+
+@pytest.mark.parametrize(
+  ("codes", "ends", "starts"),
+  [
+    ((0,), 0, 1),
+    ((9, 1, 0), 0, 3),  # two crashes
+    ((9, 2), 2, 2),  # something the user has to put right
+    ((75,), 75, 1),  # was asked to stop
+    ((9, 9, 9, 9, 9), 9, 4),  # RESTARTS=3
+  ],
+)
+def test_a_crash_is_started_again_and_a_mistake_is_not(
+  tmp_path, codes, ends, starts
+):
+  log = tmp_path / "log"
+  (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+  (tmp_path / "program").write_text(
+    f"""n=$(wc -l <{log} 2>/dev/null || echo 0)
+echo started >>{log}
+exit $(sed -n "$((n + 1))p" {tmp_path / "codes"})
+"""
+  )
+  ran = subprocess.run(
+    [
+      "bash",
+      "-c",
+      f"set -e; source {ROOT / 'launch' / 'keep.sh'};"
+      f" keep_running bash {tmp_path / 'program'}",
+    ],
+    env={"PATH": os.environ["PATH"], "RESTARTS": "3", "RESTART_AFTER_S": "0"},
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == ends
+  assert len(log.read_text().splitlines()) == starts
+
+
+def test_processes_of_a_pod_know_each_other(machine):
+  """For real, with a stand-in for Python."""
+  machine.add_python("3.11.2")
+  for tool in ("env", "seq", "sleep"):
+    (machine.bin / tool).symlink_to(shutil.which(tool))
+  ran = machine.run("3", "--config=x.py", script="local_pod.sh", PORT="29511")
+  assert ran.returncode == 0, ran.stderr
+  for rank in range(3):
+    assert f"JAX_NUM_PROCESSES=3 JAX_PROCESS_ID={rank}" in ran.stdout
+    log = machine.repo / "runs" / "pod_logs" / f"{rank}.log"
+    assert log.read_text().endswith(
+      "<--config=x.py> <--config.distributed=True>\n"
+    )
+
+
+def test_a_pod_ends_with_the_code_of_what_failed(machine):
+  machine.add_python("3.11.2")
+  (machine.bin / "env").symlink_to(shutil.which("env"))
+  ran = machine.run(
+    "2", "--config=x.py", script="local_pod.sh", PORT="1", FAKE_MAIN_EXIT="2"
+  )
+  assert ran.returncode == 2
+  assert "the last lines of each process" in ran.stdout

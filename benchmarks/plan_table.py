@@ -1,0 +1,131 @@
+"""The table of docs/scale.md: sizes and slices, each cell a plan.
+
+  python -m benchmarks.plan_table --out=runs/plans --seconds=3600
+
+Each cell is `cf_jax.main --config=configs/plan.py` in a process of its own,
+kept in OUT/CELL/plan.json; a second call goes on where the first ended, and
+`--seconds` begins no cell after so many. OUT/table.md says "unmeasured" for
+cells that are not there. `--cells` takes a part of them, by a regular
+expression on their names, `--programs` fewer programs of each.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+_OUT = flags.DEFINE_string("out", "runs/plans", "results")
+_SECONDS = flags.DEFINE_float("seconds", 3600.0, "to begin cells in")
+_CELLS = flags.DEFINE_string("cells", "", "a regular expression")
+_PROGRAMS = flags.DEFINE_string("programs", "decode update", "of each cell")
+
+SIZES = ("3b", "7b", "32b")
+SLICES = (
+  "v5e:4x4",
+  "v5e:8x8",
+  "v5e:16x16",
+  "v5p:2x4x4",
+  "v5p:4x4x4",
+  "v5p:4x8x8",
+  "v6e:8x8",
+  "v6e:16x16",
+)
+# Keyframes and slots of a prompt: 180 tokens a frame, its time, the question.
+KEYFRAMES = {16: 3584, 64: 13312}
+_GIB = 2.0**30
+
+
+def cells() -> dict[str, list[str]]:
+  """Name -> arguments of the planner."""
+  made = {}
+  for size in SIZES:
+    for topology in SLICES:
+      kind, shape = topology.split(":")
+      chips = 1
+      for side in shape.split("x"):
+        chips *= int(side)
+      for count, slots in KEYFRAMES.items():
+        changes = (
+          f"rl.prompts_per_step={chips} evaluation.batch_size={chips}"
+          f" tad.num_keyframes={count} prompt.max_tokens={slots}"
+        )
+        made[f"{size}-{kind}-{shape}-k{count}"] = [
+          f"--config.size=qwen2_5_vl_{size}",
+          f"--config.topology={topology}",
+          f"--config.changes={changes}",
+        ]
+  return made
+
+
+def row(name: str, folder: pathlib.Path) -> str:
+  """One line of the table."""
+  path = folder / "plan.json"
+  size, kind, shape, frames = name.split("-")
+  head = f"| {size.upper()} | {kind} {shape} | {frames[1:]} |"
+  if not path.exists():
+    return head + " unmeasured |" * 6
+  found = json.loads(path.read_text("utf-8"))
+  by_name = {each["program"]: each for each in found["programs"]}
+  words = []
+  for program in ("decode", "update"):
+    each = by_name.get(program)
+    if each is None:
+      words += ["unmeasured"] * 3
+      continue
+    words.append(f"{each['peak_bytes'] / _GIB:.1f}")
+    if "time" not in each:
+      words += ["does not fit", "-"]
+      continue
+    fits = "" if each["fits"] else " (does not fit)"
+    words.append(f"{each['time']['bound_s']:.2f}{fits}")
+    words.append(f"{100 * each['mfu_bound']:.0f} %")
+  return f"{head} {' | '.join(words)} |"
+
+
+def write(out: pathlib.Path) -> None:
+  """The table of what is there."""
+  lines = [
+    "| model | slice | keyframes | decode, GiB | decode, s | decode, MFU <= |"
+    " update, GiB | update, s | update, MFU <= |",
+    "|---|---|---|---|---|---|---|---|---|",
+    *(row(name, out / name) for name in cells()),
+  ]
+  (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  out, begin = pathlib.Path(_OUT.value), time.monotonic()
+  out.mkdir(parents=True, exist_ok=True)
+  for name, arguments in cells().items():
+    if not re.search(_CELLS.value, name):
+      continue
+    if time.monotonic() - begin > _SECONDS.value:
+      break
+    print(name, flush=True)
+    with (out / f"{name}.log").open("w") as log:
+      code = subprocess.run(
+        [
+          sys.executable,
+          *("-m", "cf_jax.main", "--config=configs/plan.py"),
+          f"--config.programs={_PROGRAMS.value}",
+          *arguments,
+          f"--workdir={out / name}",
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        check=False,
+      ).returncode
+    if code not in (0, 1):  # 1: it does not fit
+      print(f"{name} failed with exit code {code}: {out / name}.log")
+    write(out)
+  write(out)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,166 @@
+"""What small programs do, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax.runtime import hlo
+
+PROGRAM = """HloModule example
+
+%fused (param_0: f32[8,128], param_1: f32[8]) -> f32[6,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[8]{0:T(128)} parameter(1)
+  %slice.1 = f32[6,128]{1,0:T(8,128)} slice(%param_0), slice={[0:6], [0:128]}
+  %slice.2 = f32[6,128]{1,0:T(8,128)} slice(%param_0), slice={[2:8], [0:128]}
+  %slice.3 = f32[6,128]{1,0:T(8,128)} slice(%param_0), slice={[2:8], [0:128]}
+  ROOT %sum = f32[6,128]{1,0:T(8,128)S(1)} add(%slice.1, %slice.2)
+}
+
+%again (state: (s32[], f32[6,128])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+  %state = (s32[]{:T(128)}, f32[6,128]{1,0:T(8,128)S(1)}) parameter(0)
+  %turn = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%turn, %three), direction=LT
+}
+
+%body (state.1: (s32[], f32[6,128])) -> (s32[], f32[6,128]) {
+  %state.1 = (s32[]{:T(128)}, f32[6,128]{1,0:T(8,128)S(1)}) parameter(0)
+  %own = f32[6,128]{1,0:T(8,128)S(1)} get-tuple-element(%state.1), index=1
+  %out = f32[6,128]{1,0:T(8,128)} copy(%own)
+  ROOT %next = (s32[]{:T(128)}, f32[6,128]{1,0:T(8,128)}) tuple(%state.1, %out)
+}
+
+ENTRY %main (x: f32[8,128], y: f32[8]) -> f32[6,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %y = f32[8]{0:T(128)} parameter(1)
+  %made = f32[6,128]{1,0:T(8,128)S(1)} fusion(%x, %y), kind=kLoop, calls=%fused
+  %start = (s32[]{:T(128)}, f32[6,128]{1,0:T(8,128)S(1)}) tuple(%y, %made)
+  ROOT %end = (s32[], f32[6,128]) while(%start), condition=%again, body=%body
+}
+"""
+
+IN_PLACE = """HloModule in_place
+
+%fused (p0: f32[64,8], p1: f32[1,8], p2: s32[]) -> f32[64,8] {
+  %p0 = f32[64,8]{1,0} parameter(0)
+  %p1 = f32[1,8]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = f32[64,8]{1,0} dynamic-update-slice(%p0, %p1, %p2, %zero)
+}
+
+ENTRY %main (x: f32[64,8], y: f32[1,8], i: s32[]) -> f32[64,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %y = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %made = f32[64,8]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%fused
+}
+"""
+
+SENT = """HloModule sent
+
+ENTRY %main (x: bf16[16,128]) -> bf16[16,128] {
+  %x = bf16[16,128] parameter(0)
+  %a = bf16[64,128] all-gather(%x), replica_groups=[2,4]<=[8]
+  %b = bf16[16,128] all-reduce(%x), replica_groups={{0,1},{2,3}}
+  %c = bf16[16,128] all-reduce(%x), replica_groups=mesh['a'=8,'b'=2] {'a'}
+  ROOT %d = bf16[16,128] collective-permute(%x), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_traffic_by_hand():
+  """Two slices of 6 rows and a vector come in; a loop writes three times."""
+  found = hlo.count(PROGRAM)
+  assert found.read == 2 * 6 * 128 * 4 + 8 * 4
+  assert found.written == 3 * 6 * 128 * 4
+  assert found.open_loops == 0
+
+
+def test_a_loop_without_a_known_end_runs_as_often_as_said():
+  text = PROGRAM.replace("constant(3)", "add(%turn, %turn)")
+  for rounds in (1, 5):
+    found = hlo.count(text, open_rounds=rounds)
+    assert (found.written, found.open_loops) == (rounds * 6 * 128 * 4, 1)
+
+
+def test_a_slice_updated_in_place_is_all_that_moves():
+  found = hlo.count(IN_PLACE)
+  assert (found.read, found.written) == (8 * 4 + 4, 8 * 4)
+
+
+def test_collectives_by_kind_and_group():
+  size = 16 * 128 * 2
+  assert hlo.count(SENT).transfers == {
+    hlo.Transfer("all-gather", 4): (1, 4 * size),
+    hlo.Transfer("all-reduce", 2): (1, size),
+    hlo.Transfer("all-reduce", 8): (1, size),
+    hlo.Transfer("collective-permute", 2): (1, size),
+  }
+
+
+def test_matmuls_of_a_loop_count_each_time():
+  """Seven layers of [16, 32] by [32, 32], where XLA counts one."""
+
+  def layers(x, stacked):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stacked)[0]
+
+  compiled = (
+    jax.jit(layers).lower(jnp.ones((16, 32)), jnp.ones((7, 32, 32))).compile()
+  )
+  found = hlo.count(compiled.as_text())
+  assert found.flops == 7 * 2 * 16 * 32 * 32
+  largest = hlo.largest_arrays(compiled.as_text(), 3)
+  assert largest[0][0] >= 16 * 32 * 4
+
+
+CONVOLUTION = """HloModule convolution
+
+ENTRY %main (x: f32[3,{size},5], w: f32[{kernel},5,7]) -> f32[3,{out},7] {
+  %x = f32[3,{size},5]{2,1,0} parameter(0)
+  %w = f32[{kernel},5,7]{2,1,0} parameter(1)
+  ROOT %y = f32[3,{out},7] convolution(%x, %w), {window}dim_labels=b0f_0io->b0f
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("stride", "low", "high", "lhs", "rhs"),
+  [
+    (1, 0, 0, 1, 1),
+    (2, 1, 2, 1, 1),
+    (1, 2, 2, 3, 1),
+    (2, 1, 3, 2, 2),
+    (1, -1, 0, 1, 1),
+  ],
+)
+def test_places_without_data_are_no_work(stride, low, high, lhs, rhs):
+  """Against a walk over all places of the window."""
+  size, kernel = 9, 3
+  holds = np.zeros(low + high + (size - 1) * lhs + 1 + 9, bool)
+  places = np.arange(size) * lhs + low
+  holds[places[places >= 0]] = True
+  reach = (kernel - 1) * rhs + 1
+  length = low + (size - 1) * lhs + 1 + high
+  out = (length - reach) // stride + 1
+  hits = sum(
+    holds[o * stride + k * rhs] for o in range(out) for k in range(kernel)
+  )
+  window = (
+    f"window={{size={kernel} stride={stride} pad={low}_{high}"
+    f" lhs_dilate={lhs} rhs_dilate={rhs}}}, "
+  )
+  text = (
+    CONVOLUTION.replace("{size}", str(size))
+    .replace("{kernel}", str(kernel))
+    .replace("{out}", str(out))
+    .replace("{window}", window)
+  )
+  assert hlo.count(text).flops == 2 * 3 * 7 * 5 * hits
+
+
+def test_time_is_the_longer_of_computing_and_moving():
+  found = hlo.count(IN_PLACE, bytes_per_s=2.0)
+  assert found.busy_s == (found.read + found.written) / 2
