@@ -9,6 +9,8 @@ jitted function.
 import dataclasses
 from typing import Any, Literal
 
+import jax
+
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
@@ -150,6 +152,8 @@ class VLMConfig:
     vocab_chunk: words that log-probabilities of completions look at together:
       a larger vocabulary is worked through in chunks, forward and backward, so
       that no array of tokens x vocabulary is held. 0: always all at once.
+    mesh: the devices of a run that has several, for what the compiler does not
+      find out by itself; no setting of a config.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -180,6 +184,7 @@ class VLMConfig:
   scan_unroll: int = 1
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
   vocab_chunk: int = 16_384
+  mesh: jax.sharding.Mesh | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
@@ -235,6 +240,11 @@ class VLMConfig:
   def head_dim(self) -> int:
     """Width of one attention head."""
     return self.hidden_size // self.num_attention_heads
+
+  @property
+  def context(self) -> int:
+    """Parts into which a prompt's slots are split, each on its devices."""
+    return 1 if self.mesh is None else self.mesh.shape["context"]
 
 
 def tiny(vocab_size: int = 1024) -> VLMConfig:

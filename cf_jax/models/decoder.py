@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from cf_jax.models import layers, rope
 from cf_jax.models.config import VLMConfig
+from cf_jax.runtime import sharding
 
 # Caches are {"key", "value"}, each a tuple of one buffer a layer: a loop over
 # tokens reads, and writes, each where it lies. Heads come before slots, as
@@ -51,6 +52,7 @@ class DecoderLayer(nn.Module):
         (num_heads, config.head_dim), use_bias=True, name=name, **settings
       )
 
+    x = sharding.over_batch(x, config.mesh)
     y = norm("attention_norm")(x)
     query = project(config.num_attention_heads, "query")(y)
     key = project(config.num_key_value_heads, "key")(y)
@@ -66,7 +68,7 @@ class DecoderLayer(nn.Module):
     mlp = layers.SwiGLU(
       width=config.intermediate_size, use_bias=False, name="mlp", **settings
     )
-    return x + mlp(norm("mlp_norm")(x))
+    return sharding.over_batch(x + mlp(norm("mlp_norm")(x)), config.mesh)
 
 
 def init(config: VLMConfig, rng: jax.Array) -> dict:
@@ -136,6 +138,7 @@ def run(
     meaning in padded slots, and the cache or None.
   """
   cos, sin = _angles(config, position)
+  x = _split(config, x)
 
   def body(x, layer_params):
     cache = {}
@@ -143,6 +146,16 @@ def run(
     def mix(query, key, value):
       if with_cache:
         cache.update(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
+      if config.context > 1:
+        return layers.attend_packed_split(
+          query,
+          key,
+          value,
+          mask,
+          jnp.zeros((len(mask), 0, 0), bool),  # no completions
+          mesh=config.mesh,
+          implementation=config.attention,
+        )
       return layers.attend(
         query,
         key,
@@ -150,10 +163,11 @@ def run(
         mask[:, None],
         implementation=config.attention,
         causal=True,
+        mesh=config.mesh,
       )
 
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
-    return x, cache or None
+    return _split(config, x), cache or None
 
   x, cache = layers.scan_stack(
     body,
@@ -196,12 +210,22 @@ def run_packed(
   Returns:
     Hidden states after the last norm: float[B, S, D] and float[B, G, C, D].
   """
+  if config.context > 1:
+    return _run_packed_split(
+      config,
+      params,
+      prompt,
+      position,
+      mask,
+      completion,
+      completion_position,
+      completion_mask,
+    )
   rows, slots, width = prompt.shape
   x = jnp.concatenate([prompt, completion.reshape(rows, -1, width)], axis=1)
   position = jnp.concatenate(
     [position, completion_position.reshape(rows, 3, -1)], axis=2
   )
-  cos, sin = _angles(config, position)
 
   def mix(query, key, value):
     return layers.attend_packed(
@@ -211,11 +235,112 @@ def run_packed(
       mask,
       completion_mask,
       implementation=config.attention,
+      mesh=config.mesh,
     )
+
+  x = _through(config, params, x, position, mix)
+  return x[:, :slots], x[:, slots:].reshape(completion.shape)
+
+
+def _run_packed_split(
+  config,
+  params,
+  prompt,
+  position,
+  mask,
+  completion,
+  completion_position,
+  completion_mask,
+):
+  """`run_packed` over the context axis; groups are filled up to its size."""
+  rows, slots, width = prompt.shape
+  group, length = completion_mask.shape[1:]
+  more = -group % config.context
+
+  def fill(x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(x, widths)
+
+  completion_mask = fill(completion_mask, 1)
+  x = layers.weave(
+    prompt,
+    fill(completion, 1).reshape(rows, -1, width),
+    config.context,
+  )
+  position = layers.weave(
+    position.swapaxes(1, 2),
+    fill(completion_position, 2).reshape(rows, 3, -1).swapaxes(1, 2),
+    config.context,
+  ).swapaxes(1, 2)
+
+  def mix(query, key, value):
+    return layers.attend_packed_split(
+      query,
+      key,
+      value,
+      mask,
+      completion_mask,
+      mesh=config.mesh,
+      implementation=config.attention,
+    )
+
+  x = _through(config, params, x, position, mix)
+  hidden, own = layers.unweave(x, slots, config.context)
+  return hidden, own.reshape(rows, -1, length, width)[:, :group]
+
+
+def run_segments(
+  config: VLMConfig,
+  params: dict,
+  x: jax.Array,
+  position: jax.Array,
+  segment: jax.Array,
+) -> jax.Array:
+  """Rows of several sequences, each causal and blind to the others.
+
+  Args:
+    config: the model.
+    params: the decoder's parameters.
+    x: float[B, S, D] embeddings.
+    position: int32[B, 3, S].
+    segment: int32[B, S] number of a slot's sequence, 0 for padding.
+
+  Returns:
+    float[B, S, D] hidden states after the last norm, finite and without
+    meaning in padded slots.
+  """
+
+  def mix(query, key, value):
+    if config.context > 1:
+      return layers.attend_segments_split(
+        query,
+        key,
+        value,
+        segment,
+        mesh=config.mesh,
+        implementation=config.attention,
+      )
+    return layers.attend_segments(
+      query,
+      key,
+      value,
+      segment,
+      implementation=config.attention,
+      mesh=config.mesh,
+    )
+
+  return _through(config, params, x, position, mix)
+
+
+def _through(config, params, x, position, mix):
+  """All layers and the last norm, without a cache."""
+  cos, sin = _angles(config, position)
+  x = _split(config, x)
 
   def body(x, layer_params):
     x = DecoderLayer(config).apply({"params": layer_params}, x, cos, sin, mix)
-    return x, None
+    return _split(config, x), None
 
   x, _ = layers.scan_stack(
     body,
@@ -224,8 +349,24 @@ def run_packed(
     remat=config.remat,
     unroll=config.scan_unroll,
   )
-  x = _final_norm(config).apply({"params": params["norm"]}, x)
-  return x[:, :slots], x[:, slots:].reshape(completion.shape)
+  return _final_norm(config).apply({"params": params["norm"]}, x)
+
+
+def _split(config, x):
+  """[B, slots, D], over the devices of the context axis where there are some.
+
+  Raises:
+    ValueError: they cannot have equal parts.
+  """
+  if config.context == 1:
+    return x
+  if x.shape[1] % config.context:
+    raise ValueError(
+      f"a row of {x.shape[1]} slots does not divide over"
+      f" config.mesh.context={config.context} devices; make"
+      " config.prompt.max_tokens a multiple of it"
+    )
+  return layers.split_slots(x, config.mesh)
 
 
 def init_completion_cache(

@@ -78,8 +78,14 @@ def completions(
   )
   fed = np.maximum(completion - 1, 0)
   pairs = np.sum(fed * (prompt[:, None] + fed))
-  scores = 2.0 * np.sum(completion) * config.hidden_size * config.vocab_size
-  return _layers(config, np.sum(fed), pairs) + scores
+  return _layers(config, np.sum(fed), pairs) + scores(
+    config, np.sum(completion)
+  )
+
+
+def scores(config: VLMConfig, num_tokens: float) -> float:
+  """Scores of so many next tokens."""
+  return 2.0 * num_tokens * config.hidden_size * config.vocab_size
 
 
 def _layers(config, num_tokens, num_pairs):

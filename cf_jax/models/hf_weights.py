@@ -40,6 +40,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from cf_jax import disk
 from cf_jax.data import json_file, patches, prompts, vision_input
 from cf_jax.models import hf_config, vlm
 from cf_jax.models.config import DTYPES, VLMConfig
@@ -900,10 +901,8 @@ def _write(directory, shards, sizes, texts, tensors, clock, needed):
       )
       clock.add(sum(sizes[name] for name in names))
     for name, text in texts.items():
-      (partial / name).write_bytes(text)
-    if directory.exists():
-      directory.rmdir()
-    partial.rename(directory)
+      disk.write(partial / name, text)
+    disk.replace(partial, directory)
   except (OSError, safetensors.SafetensorError) as error:
     free = shutil.disk_usage(directory.parent).free
     shutil.rmtree(partial, ignore_errors=True)

@@ -21,13 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.interpreters import batching, mlir
+from jax.sharding import PartitionSpec as P
 
 from cf_jax.models import config
+from cf_jax.runtime import sharding
 
 # Slots of splash's smallest block; head widths are padded to multiples of it.
 SPLASH_BLOCK = 128
 
-_PLATFORM = {"cudnn": "cuda", "splash": "tpu"}
+# Splash that is given each device's part.
+_DIVIDED = "splash over a mesh"
+_PLATFORM = {"cudnn": "cuda", "splash": "tpu", _DIVIDED: "tpu"}
 _SETTING = "change config.model.attention"
 
 
@@ -40,7 +44,12 @@ def check_mask(name: str, shape: tuple[int, ...]) -> None:
     )
 
 
-def choose(name: str, dtype: jnp.dtype, head_dim: int) -> str:
+def choose(
+  name: str,
+  dtype: jnp.dtype,
+  head_dim: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> str:
   """The kernel to use: "xla", "cudnn" or "splash".
 
   "auto" looks at the devices of this process: a program that is compiled ahead
@@ -50,6 +59,7 @@ def choose(name: str, dtype: jnp.dtype, head_dim: int) -> str:
     name: see `VLMConfig.attention`.
     dtype: of queries, keys and values.
     head_dim: width of a head.
+    mesh: see `VLMConfig.mesh`.
 
   Raises:
     ValueError: an unknown name, or a kernel that cannot serve.
@@ -59,7 +69,7 @@ def choose(name: str, dtype: jnp.dtype, head_dim: int) -> str:
       f"attention must be one of {config.ATTENTION}, got {name!r}; {_SETTING}"
     )
   if name == "auto":
-    return _automatic(str(dtype), head_dim)
+    return _automatic(str(dtype), head_dim, mesh is not None)
   problem = _problem(name, str(dtype), head_dim)
   if problem:
     raise ValueError(f"attention {name!r} {problem}; {_SETTING} to 'xla'")
@@ -87,12 +97,12 @@ def _problem(name, dtype, head_dim):
 
 
 @functools.cache
-def _automatic(dtype, head_dim):
+def _automatic(dtype, head_dim, has_mesh):
   platform = jax.default_backend()
   name = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
   reason = _problem(name, dtype, head_dim)
-  # XLA does not split a Mosaic kernel over a mesh.
-  if name == "splash" and jax.device_count() > 1:
+  # XLA does not split a Mosaic kernel over a mesh; `_splash` does.
+  if name == "splash" and jax.device_count() > 1 and not has_mesh:
     reason = f"serves one device, got {jax.device_count()}"
   if reason:
     logging.warning("attention 'auto': %s %s; it is 'xla'", name, reason)
@@ -383,6 +393,7 @@ def splash(
   mask: jax.Array | None,
   *,
   causal: bool,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
   """`layers.attend` of slots to themselves by splash; Q equals S.
 
@@ -390,8 +401,10 @@ def splash(
     query: float[B, S, N, H].
     key: float[B, S, M, H].
     value: float[B, S, M, H].
-    mask: bool[B, S] or None. Masked slots attend to masked slots.
+    mask: bool[B, S] or None. Masked slots attend to masked slots. Or int32:
+      slots attend to those of their own number.
     causal: no query sees a later slot.
+    mesh: see `VLMConfig.mesh`; each device is given its rows, and its heads.
   """
 
   if query.shape[1] != key.shape[1]:
@@ -406,7 +419,7 @@ def splash(
 
   if mask is None:
     mask = jnp.ones(key.shape[:2], bool)
-  return _splash(query, key, value, mask, allowed, lambda slot: slot)
+  return _splash(query, key, value, mask, allowed, lambda slot: slot, mesh)
 
 
 def splash_packed(
@@ -415,6 +428,8 @@ def splash_packed(
   value: jax.Array,
   prompt_mask: jax.Array,
   completion_mask: jax.Array,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
   """`layers.attend_packed` by splash, in one pass over prompt and completions.
 
@@ -424,6 +439,7 @@ def splash_packed(
     value: float[B, T, M, H].
     prompt_mask: bool[B, S].
     completion_mask: bool[B, G, C].
+    mesh: as in `splash`.
   """
   slots, length = prompt_mask.shape[1], completion_mask.shape[2]
 
@@ -446,10 +462,23 @@ def splash_packed(
 
   mask = completion_mask.reshape(len(query), -1)
   mask = jnp.concatenate([prompt_mask, mask], axis=1)
-  return _splash(query, key, value, mask, allowed, describe)
+  return _splash(query, key, value, mask, allowed, describe, mesh)
 
 
-def _splash(query, key, value, mask, allowed, describe):
+def _axis_of_heads(mesh, num_rows, num_kv):
+  """The mesh axis that divides heads, "" for none; None: nothing is divided.
+
+  Heads are, where the key heads divide; the sequence is whole.
+  """
+  if mesh is None or mesh.size == 1:
+    return None
+  if num_rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    return None
+  tensor = mesh.shape["tensor"]
+  return "tensor" if tensor > 1 and num_kv % tensor == 0 else ""
+
+
+def _splash(query, key, value, mask, allowed, describe, mesh):
   """Attention where `allowed(describe(query slot), key slot)`.
 
   Real slots do not attend to masked ones. Both functions are called with numpy
@@ -487,6 +516,9 @@ def _splash(query, key, value, mask, allowed, describe):
   number = jnp.pad(mask, ((0, 0), (0, padded - slots))).astype(jnp.int32)
   one_head = Allowed((padded, padded), allowed)
   one_head.q_sequence = describe(one_head.q_sequence)
+  axis = _axis_of_heads(mesh, len(query), key.shape[2])
+  if axis:
+    heads //= mesh.shape[axis]
   kernel = splash_attention.make_splash_mha(
     splash_attention_mask.MultiHeadMask([one_head] * heads),
     head_shards=1,
@@ -511,6 +543,16 @@ def _splash(query, key, value, mask, allowed, describe):
     return kernel(query, key, value, segments)
 
   scaled = query * jnp.asarray(width**-0.5, query.dtype)
-  scaled = _on_its_platform("splash", scaled)
-  out = jax.vmap(rows)(prepare(scaled), prepare(key), prepare(value), number)
+  scaled = _on_its_platform("splash" if axis is None else _DIVIDED, scaled)
+  attend = jax.vmap(rows)
+  if axis is not None:
+    parts = P(*sharding.BATCH, axis or None)
+    attend = jax.shard_map(
+      attend,
+      mesh=mesh,
+      in_specs=(parts, parts, parts, sharding.BATCH),
+      out_specs=parts,
+      check_vma=False,
+    )
+  out = attend(prepare(scaled), prepare(key), prepare(value), number)
   return out.transpose(0, 2, 1, 3)[:, :slots, :, :width]

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cf_jax.models import kernels, lora
 
@@ -503,10 +505,12 @@ def _weigh_in_turn(query, key, value, mask, first):
   return tuple(map(join, jax.lax.map(body, chunks)))
 
 
-def _partial(query, key, value, mask, causal):
+def _partial(query, key, value, mask, causal, first=None):
   """`_weigh` for [B,Q,N,H], [B,S,M,H], [B,S,M,H] -> [B,Q,M,R,H or 1].
 
   Causal queries go in strips, each with the keys up to its end: half the work.
+  Not so where `first` is the place of the first query, which tracing does not
+  know: later keys are computed and masked.
   """
   rows, num_queries, num_heads, width = query.shape
   num_kv = key.shape[2]
@@ -535,7 +539,7 @@ def _partial(query, key, value, mask, causal):
         key[:, :, :keys],
         value[:, :, :keys],
         strip_mask,
-        start if causal else None,
+        start if causal else first,
       )
     )
   return tuple(
@@ -595,6 +599,7 @@ def attend(
   *,
   implementation: str,
   causal: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
   """Grouped-query attention, `softmax(q k / sqrt(H)) v`.
 
@@ -606,6 +611,7 @@ def attend(
       The kernels take [B, 1, S] only; cuDNN takes the allowed slots to be the
       first of their row.
     implementation: which kernel, see `VLMConfig.attention`.
+    mesh: see `VLMConfig.mesh`.
     causal: no query sees a later slot; Q must equal S.
 
   Returns:
@@ -616,7 +622,7 @@ def attend(
   Raises:
     ValueError: an unknown kernel, or one that cannot serve.
   """
-  kernel = kernels.choose(implementation, query.dtype, query.shape[-1])
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1], mesh)
   # Splash works on blocks of 128 slots: the tower's windows are smaller.
   if kernel == "splash" and key.shape[1] < kernels.SPLASH_BLOCK:
     kernel = "xla"
@@ -627,8 +633,9 @@ def attend(
   if mask is not None:
     kernels.check_mask(kernel, mask.shape)
     mask = jnp.broadcast_to(mask[:, 0], (len(key), key.shape[1]))
-  function = kernels.cudnn if kernel == "cudnn" else kernels.splash
-  return function(query, key, value, mask, causal=causal)
+  if kernel == "cudnn":
+    return kernels.cudnn(query, key, value, mask, causal=causal)
+  return kernels.splash(query, key, value, mask, causal=causal, mesh=mesh)
 
 
 def attend_shared(
@@ -707,6 +714,7 @@ def attend_packed(
   completion_mask: jax.Array,
   *,
   implementation: str,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
   """Causal attention of a prompt and of G completions that continue it.
 
@@ -721,6 +729,7 @@ def attend_packed(
     prompt_mask: bool[B, S], True first: padding at the end.
     completion_mask: bool[B, G, C], True first.
     implementation: which kernel, see `VLMConfig.attention`.
+    mesh: see `VLMConfig.mesh`.
 
   Returns:
     float[B, S + G * C, N, H] in value's dtype; finite and without meaning in
@@ -729,10 +738,10 @@ def attend_packed(
   Raises:
     ValueError: an unknown kernel, or one that cannot serve.
   """
-  kernel = kernels.choose(implementation, query.dtype, query.shape[-1])
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1], mesh)
   if kernel == "splash":
     return kernels.splash_packed(
-      query, key, value, prompt_mask, completion_mask
+      query, key, value, prompt_mask, completion_mask, mesh=mesh
     )
   rows, slots = prompt_mask.shape
   group, length = completion_mask.shape[1:]
@@ -769,3 +778,233 @@ def attend_packed(
     )
   own = own.reshape(rows, group * length, *query.shape[2:])
   return jnp.concatenate([prompt, own], axis=1)
+
+
+def attend_segments(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment: jax.Array,
+  *,
+  implementation: str,
+  mesh: jax.sharding.Mesh | None = None,
+) -> jax.Array:
+  """Causal attention in rows of several sequences, each to itself alone.
+
+  Where "auto" stands for cuDNN, whose masks know no sequences, it is XLA's.
+
+  Args:
+    query: float[B, S, N, H].
+    key: float[B, S, M, H].
+    value: float[B, S, M, H].
+    segment: int32[B, S] number of a slot's sequence, 0 for padding.
+    implementation: which kernel, see `VLMConfig.attention`.
+    mesh: see `VLMConfig.mesh`.
+
+  Returns:
+    float[B, S, N, H] in value's dtype; finite and without meaning in padded
+    slots.
+
+  Raises:
+    ValueError: an unknown kernel, or one that cannot serve.
+  """
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1], mesh)
+  if kernel == "splash":
+    return kernels.splash(query, key, value, segment, causal=True, mesh=mesh)
+  if kernel == "cudnn" and implementation != "auto":
+    kernels.check_mask(kernel, (len(query), query.shape[1], key.shape[1]))
+  allowed = segment[:, :, None] == segment[:, None]
+  allowed &= (segment > 0)[:, None]
+  return attend(query, key, value, allowed, implementation="xla", causal=True)
+
+
+# ------------------------------------------------- slots split over devices
+
+
+def _along_slots(mesh, body, *args):
+  """`body` of each device's part of [B, slots, ...] along the context axis.
+
+  Other axes stay with the compiler.
+  """
+  spec = P(None, "context")
+  return jax.shard_map(
+    body,
+    mesh=mesh,
+    in_specs=(spec,) * len(args),
+    out_specs=spec,
+    axis_names={"context"},
+  )(*args)
+
+
+def _gathered(x):
+  """[B, slots of this device, ...] -> [B, slots of all, ...]."""
+  return jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+
+def _attend_from(query, key, value, mask, first):
+  """Causal attention of some of a row's queries, the first at place `first`."""
+  key = _without(key, _middle(key))
+  mixed, total, _ = _partial(query, key, value, mask, False, first)
+  return _divide(mixed, total).reshape(query.shape).astype(value.dtype)
+
+
+def _first_slot(slots):
+  """Place in the row of this device's first slot."""
+  return jax.lax.axis_index("context") * slots
+
+
+def _check_split(implementation, query, mesh):
+  kernel = kernels.choose(implementation, query.dtype, query.shape[-1], mesh)
+  if kernel != "xla" and implementation != "auto":
+    raise ValueError(
+      f"attention {kernel!r} does not split slots over config.mesh.context;"
+      " change config.model.attention to 'xla'"
+    )
+
+
+def attend_packed_split(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  prompt_mask: jax.Array,
+  completion_mask: jax.Array,
+  *,
+  mesh: Mesh,
+  implementation: str,
+) -> jax.Array:
+  """`attend_packed` with slots over the devices of the context axis.
+
+  Each device has its part of the prompt's queries and gathers all of the
+  prompt's keys and values, once a layer; in the backward pass their gradients
+  are summed and scattered. (Not a ring: with grouped queries the keys are a
+  small part of a layer's activations, and are needed again at once.)
+  Completions are whole on a device.
+
+  Args:
+    query: float[B, T, N, H] in the order of `weave`.
+    key: float[B, T, M, H].
+    value: float[B, T, M, H].
+    prompt_mask: bool[B, S], True first: padding at the end.
+    completion_mask: bool[B, G, C], True first; G may be 0.
+    mesh: has the axis; it divides S and G.
+    implementation: which kernel, see `VLMConfig.attention`.
+
+  Returns:
+    float[B, T, N, H] in value's dtype; finite and without meaning in padded
+    slots.
+
+  Raises:
+    ValueError: a kernel that cannot serve.
+  """
+  _check_split(implementation, query, mesh)
+
+  def body(query, key, value, prompt_mask, completion_mask):
+    rows, slots = prompt_mask.shape
+    group, length = completion_mask.shape[1:]
+    prefix_key, prefix_value, prefix_mask = map(
+      _gathered, (key[:, :slots], value[:, :slots], prompt_mask)
+    )
+    prompt = _attend_from(
+      query[:, :slots],
+      prefix_key,
+      prefix_value,
+      prefix_mask[:, None],
+      _first_slot(slots),
+    )
+    if not group:
+      return prompt
+
+    def own(x):
+      return x[:, slots:].reshape(rows, group, length, *x.shape[2:])
+
+    mixed = attend_shared(
+      own(query),
+      prefix_key,
+      prefix_value,
+      prefix_mask,
+      own(key),
+      own(value),
+      completion_mask[:, :, None],
+      causal=True,
+    )
+    mixed = mixed.reshape(rows, group * length, *query.shape[2:])
+    return jnp.concatenate([prompt, mixed], axis=1)
+
+  return _along_slots(
+    mesh, body, query, key, value, prompt_mask, completion_mask
+  )
+
+
+def attend_segments_split(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment: jax.Array,
+  *,
+  mesh: Mesh,
+  implementation: str,
+) -> jax.Array:
+  """`attend_segments` with slots over the devices of the context axis.
+
+  Args:
+    query: and all that follow as there; the axis divides S.
+    key: float[B, S, M, H].
+    value: float[B, S, M, H].
+    segment: int32[B, S].
+    mesh: has the axis.
+    implementation: which kernel.
+
+  Raises:
+    ValueError: a kernel that cannot serve.
+  """
+  _check_split(implementation, query, mesh)
+
+  def body(query, key, value, segment):
+    key, value, every = map(_gathered, (key, value, segment))
+    allowed = segment[:, :, None] == every[:, None]
+    allowed &= (every > 0)[:, None]
+    return _attend_from(
+      query, key, value, allowed, _first_slot(segment.shape[1])
+    )
+
+  return _along_slots(mesh, body, query, key, value, segment)
+
+
+def weave(prompt: jax.Array, completion: jax.Array, parts: int) -> jax.Array:
+  """[B, S, ...] and [B, G * C, ...] -> [B, S + G * C, ...] in `parts` turns.
+
+  A turn is a part of the prompt and the part of the completions that lies on
+  the same device.
+  """
+  rows = prompt.shape[0]
+  woven = jnp.concatenate(
+    [x.reshape(rows, parts, -1, *x.shape[2:]) for x in (prompt, completion)],
+    axis=2,
+  )
+  return woven.reshape(rows, -1, *woven.shape[3:])
+
+
+def unweave(
+  x: jax.Array, slots: int, parts: int
+) -> tuple[jax.Array, jax.Array]:
+  """What `weave` had: [B, S, ...] and [B, G * C, ...].
+
+  Args:
+    x: woven.
+    slots: S.
+    parts: turns.
+  """
+  rows = x.shape[0]
+  turns = x.reshape(rows, parts, -1, *x.shape[2:])
+  own = slots // parts
+  return tuple(
+    turn.reshape(rows, -1, *x.shape[2:])
+    for turn in (turns[:, :, :own], turns[:, :, own:])
+  )
+
+
+def split_slots(x: jax.Array, mesh: Mesh) -> jax.Array:
+  """[B, slots, ...] that lies with its slots along the context axis."""
+  free = P.UNCONSTRAINED
+  spec = P(free, "context", *(free,) * (x.ndim - 2))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -19,6 +19,7 @@ import numpy as np
 
 from cf_jax.models import layers, rope
 from cf_jax.models.config import VLMConfig
+from cf_jax.runtime import sharding
 
 
 class Windows(NamedTuple):
@@ -105,6 +106,7 @@ class VisionLayer(nn.Module):
         (tower.num_heads, tower.head_dim), name=name, **settings
       )
 
+    x = sharding.over_batch(x, self.config.mesh)
     y = norm("attention_norm")(x)
     query = rope.rotate(project("query")(y), cos, sin)
     key = rope.rotate(project("key")(y), cos, sin)
@@ -121,11 +123,17 @@ class VisionLayer(nn.Module):
       tower.hidden_size, axis=(-2, -1), name="out", **settings
     )(mixed)
     mlp = layers.SwiGLU(width=tower.intermediate_size, name="mlp", **settings)
-    return x + mlp(norm("mlp_norm")(x))
+    x = x + mlp(norm("mlp_norm")(x))
+    return sharding.over_batch(x, self.config.mesh)
 
   def _attend_slice(self, query, key, value):
     return layers.attend(
-      query, key, value, None, implementation=self.config.attention
+      query,
+      key,
+      value,
+      None,
+      implementation=self.config.attention,
+      mesh=self.config.mesh,
     )
 
   def _attend_window(self, cut, query, key, value):
@@ -147,6 +155,7 @@ class VisionLayer(nn.Module):
       split(value),
       mask,
       implementation=self.config.attention,
+      mesh=self.config.mesh,
     )
     mixed = mixed.reshape(num_slices, num_windows * num_slots, *query.shape[2:])
     return mixed if whole else mixed[:, cut.place]

@@ -184,7 +184,9 @@ def unstack(params: dict) -> dict:
   return params | {"decoder": params["decoder"] | {"layers": apart}}
 
 
-def unstacked(config: VLMConfig, params: dict, *, rows: int) -> dict:
+def unstacked(
+  config: VLMConfig, params: dict, *, rows: int, platform: str | None = None
+) -> dict:
   """A copy of the decoder for `decode_step`, layers apart; to be jitted.
 
   In the dtype that matmuls run in: each token would cast them all otherwise.
@@ -195,11 +197,13 @@ def unstacked(config: VLMConfig, params: dict, *, rows: int) -> dict:
     params: the model's parameters.
     rows: completions that are decoded side by side. For a few on a CPU the
       kernels are turned, see `layers.turn`.
+    platform: that will decode; None: this process's own.
   """
   ours = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params["decoder"])
   count = len(jax.tree.leaves(ours["layers"])[0])
   apart = [layers.take_layer(ours["layers"], i) for i in range(count)]
-  if layers.are_few(rows) and jax.default_backend() == "cpu":
+  platform = platform or jax.default_backend()
+  if layers.are_few(rows) and platform == "cpu":
     apart = [layers.turn(layer) for layer in apart]
   return {"decoder": ours | {"layers": apart}}
 
@@ -212,8 +216,8 @@ def packed(
   mask: jax.Array,
   token: jax.Array,
   token_mask: jax.Array,
-) -> jax.Array:
-  """Hidden states that predict the tokens of G completions of one prompt.
+) -> tuple[jax.Array, jax.Array]:
+  """Hidden states of a prompt and of G completions that continue it.
 
   The prompt is run once. Completion token c sits on all three axes at the
   largest prompt position plus 1 + c.
@@ -228,8 +232,9 @@ def packed(
     token_mask: bool[B, G, C].
 
   Returns:
-    float[B, G, C, D]: slot c holds the state that predicts token c, so slot 0
-    is the prompt's last real slot.
+    float[B, S, D] of the prompt: slot s holds the state that predicts what
+    follows it. float[B, G, C, D] of the completions: slot c holds the state
+    that predicts token c, so slot 0 is the prompt's last real slot.
   """
   group, slots = token.shape[1:]
   last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
@@ -242,7 +247,7 @@ def packed(
       mask,
       with_cache=False,
     )
-    return _repeat_slot(prompt_hidden, last, group)
+    return prompt_hidden, _repeat_slot(prompt_hidden, last, group)
   fed = token[:, :, :-1]  # the last token predicts nothing
   start = 1 + jnp.max(jnp.where(mask[:, None], position, 0), axis=(1, 2))
   fed_position = start[:, None, None, None] + jnp.arange(slots - 1)
@@ -257,7 +262,38 @@ def packed(
     token_mask[:, :, :-1],
   )
   first = _repeat_slot(prompt_hidden, last, group)
-  return jnp.concatenate([first, hidden], axis=2)
+  return prompt_hidden, jnp.concatenate([first, hidden], axis=2)
+
+
+def segmented(
+  config: VLMConfig,
+  params: dict,
+  embedded: jax.Array,
+  position: jax.Array,
+  segment: jax.Array,
+) -> jax.Array:
+  """Hidden states of rows that hold several sequences, one behind another.
+
+  No slot sees one of another sequence: the numbers and gradients of the
+  sequences each in a row of its own.
+
+  Args:
+    config: the model.
+    params: the model's parameters.
+    embedded: float[B, S, D] from `embed`.
+    position: int32[B, 3, S], each sequence's own.
+    segment: int32[B, S] number of a slot's sequence in its row, from 1 on; 0
+      is padding.
+
+  Returns:
+    float[B, S, D]: slot s holds the state that predicts what follows it.
+
+  Raises:
+    ValueError: a kernel that cannot serve.
+  """
+  return decoder.run_segments(
+    config, params["decoder"], embedded, position, segment
+  )
 
 
 def _repeat_slot(hidden, slot, group):

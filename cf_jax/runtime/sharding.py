@@ -1,22 +1,32 @@
 """The mesh and the one table that says how every parameter is sharded.
 
 Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split along it),
-`tensor` (heads and mlp width), `context` (sequence). The table is read top to
-bottom, the first pattern that matches a parameter's path wins, and a parameter
-that none matches is an error. Optimizer moments have their parameter's path as
-a suffix, so the same table serves them.
+`tensor` (heads and mlp width), `context` (slots of a prompt). The table is read
+top to bottom, the first pattern that matches a parameter's path wins, and a
+parameter that none matches is an error. Optimizer moments have their
+parameter's path as a suffix, so the same table serves them.
+
+A dimension that its axes do not divide is whole on each of their devices: key
+and value heads where `tensor` is larger than their number, narrow widths of
+the vision tower. Query heads are refused instead (`check_model`): all of
+attention would be computed by every device of the axis.
 """
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor", "context")
-BATCH = P(("data", "fsdp"))
+_ROWS = ("data", "fsdp")
+BATCH = P(_ROWS)
 
 # Regex on the parameter path -> spec; layer stacks have L first, never split.
 PARTITION_RULES = (
@@ -40,6 +50,14 @@ PARTITION_RULES = (
 )
 # What a TrainState holds beside parameters and their moments.
 STATE_RULES = (*PARTITION_RULES, (r"(^|/)(rng|step|count)$", P()))
+# What decoding holds: a prompt's cache is split over its slots too, and every
+# other array over the batch alone.
+DECODING_RULES = (
+  (r"prefix_cache/(key|value)/\d+$", P(_ROWS, "tensor", "context")),  # B M S H
+  (r"^cache/(key|value)/\d+$", P(_ROWS, None, "tensor")),  # [B, G, M, C, H]
+  (r"^prefix_mask$", BATCH),
+  (r"^(token|logprob|mask|done|last|position|key)$", BATCH),
+)
 
 
 def path_of(key_path: tuple) -> str:
@@ -47,13 +65,32 @@ def path_of(key_path: tuple) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
+def make_mesh(
+  *,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  context: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """The device mesh; one size of -1 takes the devices that the others leave.
 
+  Of several TPU slices, `data` goes over them first: it is the axis with the
+  least traffic.
+
+  Args:
+    data: devices along this axis, as along the three that follow.
+    fsdp: see the module.
+    tensor: see the module.
+    context: see the module.
+    devices: None: all of this run; others where a program is only compiled.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `data`
+      does not divide over slices.
   """
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   sizes = [data, fsdp, tensor, context]
   if sizes.count(-1) == 1:
     sizes[sizes.index(-1)] = count // max(-math.prod(sizes), 1)
@@ -62,9 +99,28 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Mesh:
       f"mesh {dict(zip(AXES, sizes, strict=True))} needs"
       f" {math.prod(sizes)} devices, got {count}; change config.mesh"
     )
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    try:
+      return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # an axis of the torus has to be divided
+      arranged = mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=True
+      )
+      return Mesh(arranged, AXES, axis_types=auto)
+  if sizes[0] % slices:
+    raise ValueError(
+      f"config.mesh.data must be a multiple of the {slices} slices, got"
+      f" {sizes[0]}"
+    )
+  arranged = mesh_utils.create_hybrid_device_mesh(
+    (sizes[0] // slices, *sizes[1:]),
+    (slices, 1, 1, 1),
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(arranged, AXES, axis_types=auto)
 
 
 def spec_for(path: str, shape: tuple[int, ...], rules: tuple) -> P:
@@ -84,22 +140,78 @@ def spec_for(path: str, shape: tuple[int, ...], rules: tuple) -> P:
   )
 
 
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The spec, less the axes that do not divide their dimension."""
+  fitted = []
+  for size, axis in zip(shape, spec, strict=False):
+    names = (axis,) if isinstance(axis, str) else (axis or ())
+    parts = math.prod(mesh.shape[name] for name in names)
+    fitted.append(axis if size % parts == 0 else None)
+  return P(*fitted)
+
+
 def tree_shardings(tree: Any, mesh: Mesh, rules: tuple) -> Any:
-  """NamedShardings for a tree of parameters (or optimizer state).
+  """NamedShardings for a tree of parameters (or optimizer state, or caches).
 
   A dimension that its mesh axes do not divide is left whole.
   """
 
   def shard(key_path, leaf):
     spec = spec_for(path_of(key_path), leaf.shape, rules)
-    fitted = []
-    for size, axis in zip(leaf.shape, spec, strict=False):
-      names = (axis,) if isinstance(axis, str) else (axis or ())
-      parts = math.prod(mesh.shape[name] for name in names)
-      fitted.append(axis if size % parts == 0 else None)
-    return NamedSharding(mesh, P(*fitted))
+    return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def left_whole(tree: Any, mesh: Mesh, rules: tuple) -> dict[str, str]:
+  """Paths of what a rule would split and the mesh does not divide.
+
+  Returns:
+    Path -> the size and the axis, as "4 heads" of a mesh whose tensor is 8:
+    {"decoder/layers/key/kernel": "4 over tensor"}.
+  """
+  found = {}
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    path = path_of(key_path)
+    spec = spec_for(path, leaf.shape, rules)
+    fitted = _fit(spec, leaf.shape, mesh)
+    for size, axis, kept in zip(leaf.shape, spec, fitted, strict=False):
+      if axis != kept:
+        found[path] = f"{size} over {axis}"
+  return found
+
+
+def check_model(model: Any, mesh: Mesh) -> None:
+  """Raises a ValueError where a mesh cannot share a model's heads.
+
+  Args:
+    model: `VLMConfig`.
+    mesh: the run's.
+  """
+  parts = mesh.shape["tensor"]
+  for name, heads in (
+    ("num_attention_heads", model.num_attention_heads),
+    ("vision.num_heads", model.vision.num_heads),
+  ):
+    if heads % parts:
+      fit = [n for n in range(1, heads + 1) if heads % n == 0]
+      raise ValueError(
+        f"config.mesh.tensor={parts} does not divide the {heads} heads of"
+        f" {name}: each device would compute all of them; set it to one of"
+        f" {fit}, and give the other devices to config.mesh.fsdp"
+      )
+
+
+def constrain(tree: Any, mesh: Mesh, rules: tuple) -> Any:
+  """Within a jitted function: `tree` lies as the rules say.
+
+  On one device there is nothing to say, and nothing is.
+  """
+  if mesh.size == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(
+    tree, tree_shardings(tree, mesh, rules)
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -154,6 +266,87 @@ def split_batch(tree: Any, mesh: Mesh, parts: int) -> Any:
   return jax.tree.map(split, tree)
 
 
+@functools.lru_cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """Which part of a batch's rows this process brings: (number, of how many).
+
+  Processes whose devices share rows, along `tensor` or `context`, bring the
+  same part.
+
+  Raises:
+    ValueError: the rows of the processes overlap in part.
+  """
+  owner = np.vectorize(lambda device: device.process_index, otypes=[int])(
+    mesh.devices
+  ).reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+  if (owner == owner.flat[0]).all():
+    return 0, 1
+  rows = {
+    process: tuple(np.flatnonzero((owner == process).any(axis=1)))
+    for process in np.unique(owner)
+  }
+  parts = sorted(set(rows.values()))
+  if sum(map(len, parts)) != len(owner) or len(set(map(len, parts))) > 1:
+    raise ValueError(
+      f"mesh {dict(mesh.shape)} gives processes overlapping parts of a batch:"
+      f" {parts}; change config.mesh so that the devices of a process divide"
+      " tensor x context, or are a multiple of it"
+    )
+  if any(part[-1] - part[0] != len(part) - 1 for part in parts):
+    raise ValueError(
+      f"mesh {dict(mesh.shape)} gives a process rows of a batch that are no"
+      f" block: {parts}; change config.mesh"
+    )
+  # A mesh of other devices (a program that is only compiled) is all "ours".
+  mine = rows.get(jax.process_index(), parts[0])
+  return parts.index(mine), len(parts)
+
+
+def local(tree: Any) -> Any:
+  """What this process has of device arrays, as numpy arrays.
+
+  Of arrays split over the batch its rows, of what is whole everything. Others
+  it does not have: lay them so first.
+  """
+
+  def fetch(leaf):
+    if not isinstance(leaf, jax.Array):
+      return leaf
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+      return jax.device_get(leaf)
+    shards = {}
+    for shard in leaf.addressable_shards:
+      rest = shard.index[1:]
+      assert all(part == slice(None) for part in rest), "split beyond its rows"
+      shards.setdefault(shard.index[0].start or 0, shard.data)
+    return np.concatenate([np.asarray(shards[at]) for at in sorted(shards)])
+
+  if all(
+    leaf.is_fully_addressable
+    for leaf in jax.tree.leaves(tree)
+    if isinstance(leaf, jax.Array)
+  ):
+    return jax.device_get(tree)  # all at once
+  return jax.tree.map(fetch, tree)
+
+
+def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """`x`, its rows where the batch's are; without a mesh, as it is.
+
+  The parameters' places alone do not say where activations lie: left to
+  itself, the compiler divides the model's width over `fsdp` and gathers the
+  batch on every device.
+  """
+  if mesh is None or mesh.size == 1:
+    return x
+  if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    return x
+  free = (P.UNCONSTRAINED,) * (x.ndim - 2)
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, P(*BATCH, *free, None))
+  )
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
   """This process's rows of a batch, as global arrays split over the batch.
 
@@ -162,14 +355,17 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
   """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   target = batch_sharding(mesh)
+  _, shares = batch_share(mesh)
 
   def put(leaf):
-    rows = leaf.shape[0] * jax.process_count()
+    rows = leaf.shape[0] * shares
     if rows % parts:
       raise ValueError(
         f"a batch of {rows} does not divide over data x fsdp = {parts}"
         " devices; change the batch size or config.mesh"
       )
-    return jax.make_array_from_process_local_data(target, leaf)
+    return jax.make_array_from_process_local_data(
+      target, leaf, (rows, *leaf.shape[1:])
+    )
 
   return jax.tree.map(put, tree)

@@ -50,7 +50,7 @@ def test_a_prompt_and_its_completions(model, params):
   rows, slots, group, tokens = 2, 48, 3, 16
 
   def forward(params):
-    hidden = vlm.packed(
+    _, hidden = vlm.packed(
       model,
       params,
       jnp.ones((rows, slots, model.hidden_size)),

@@ -80,6 +80,44 @@ def test_splash_packed_equals_xla(interpreted):
   assert_close(ours, with_gradients(lambda *x: packed(*x, "xla"), args), 2e-5)
 
 
+def test_several_sequences_in_a_row(interpreted):
+  """Each as in a row of its own, by XLA; splash has the same numbers."""
+  length, slots = (37, 50, 41), 140
+  segment = np.zeros((B, slots), np.int32)
+  segment[:] = np.repeat([1, 2, 3, 0], [*length, slots - sum(length)])
+  real = (segment > 0)[:, :, None, None]
+
+  def shared(implementation):
+    def function(*args):
+      out = layers.attend_segments(
+        *args, jnp.asarray(segment), implementation=implementation
+      )
+      return jnp.where(real, out, 0)
+
+    return function
+
+  def apart(*args):
+    ends = np.cumsum(length)
+    parts = [jnp.split(x, ends, axis=1) for x in args]
+    outs = [
+      layers.attend(*part, None, implementation="xla", causal=True)
+      for part in zip(*parts, strict=True)
+    ]
+    return jnp.concatenate([*outs[:-1], jnp.zeros_like(outs[-1])], axis=1)
+
+  args = draw(slots)
+  ours = with_gradients(shared("xla"), args)
+  assert_close(ours, with_gradients(apart, args), 2e-5)
+  assert_close(with_gradients(shared("splash"), args), ours, 2e-5)
+
+
+def test_cudnn_has_no_masks_of_sequences():
+  args = draw(8, dtype=jnp.bfloat16)
+  segment = jnp.ones((B, 8), jnp.int32)
+  with pytest.raises(ValueError, match="'cudnn' takes masks of keys.*'xla'"):
+    layers.attend_segments(*args, segment, implementation="cudnn")
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_splash_rows_equal_xla(interpreted, causal):
   """200 slots fill two blocks, with some added; heads of 80 are widened."""
@@ -208,7 +246,7 @@ def test_an_update_lowers_for_its_platform(
   batch = {key: jax.ShapeDtypeStruct(*value) for key, value in batch.items()}
 
   def loss(params, batch):
-    hidden = vlm.packed(config, params, **batch)
+    _, hidden = vlm.packed(config, params, **batch)
     return jnp.sum(hidden.astype(jnp.float32))
 
   program = export.export(

@@ -73,7 +73,7 @@ def packed_logits(config, params, case):
   embedded = vlm.embed(
     config, params, case.token, case.visual, case.visual_tokens
   )
-  hidden = vlm.packed(
+  _, hidden = vlm.packed(
     config,
     params,
     embedded,
@@ -280,7 +280,7 @@ def test_single_token_completions(config, params, case):
 
 def test_padding_changes_nothing_and_has_no_gradient(config, params, case):
   def run(mask, embedded):
-    hidden = vlm.packed(
+    _, hidden = vlm.packed(
       config,
       params,
       embedded,
