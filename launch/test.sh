@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Lint and tests, as CI runs them; sets everything up the first time.
+# Lint, tests and an audit (launch/audit.sh), as CI runs them; sets everything up
+# the first time.
 #
 #   bash launch/test.sh                     everything
 #   bash launch/test.sh tests/test_tad.py   arguments go to pytest
+#   AUDIT=0 bash launch/test.sh             without the audit
 #   TEST_WORKERS=0 bash launch/test.sh --pdb ...   in one process
 #   PYTHON=python3.12 VENV=.venv-3.12 bash launch/test.sh   see setup.sh
 #
@@ -13,4 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
 run "$VENV_PYTHON" -m ruff check .
 run "$VENV_PYTHON" -m ruff format --check .
+if [[ $# -eq 0 && "${AUDIT:-1}" != 0 ]]; then
+  bash "$ROOT/launch/audit.sh"
+fi
 run "$VENV_PYTHON" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile "$@"

@@ -7,52 +7,203 @@ Orbax writes to a temporary name and renames it when it is whole, so a killed
 writer leaves nothing that a restore would take for a checkpoint.
 """
 
+import contextlib
+import hashlib
+import json
+import math
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
 
 from cf_jax.runtime import sharding
 from cf_jax.types import TrainState
+
+# Of what is in a checkpoint, beside the arrays; raised with every change that
+# an older one does not serve.
+FORMAT = 2
+# Beside the host state, in its file: that has no checksum as the arrays do.
+_FORMAT_KEY, _CHECKSUM_KEY = "format", "checksum"
+
+
+class _Host(dict):
+  """Host state; what an older version did not save is an error in words."""
+
+  def __init__(self, said: Mapping[str, Any], source: str):
+    super().__init__(said)
+    self._source = source
+    # The first format had no checksum, and did not always give its number.
+    found = self.pop(_FORMAT_KEY, None if _CHECKSUM_KEY in self else 1)
+    checksum = self.pop(_CHECKSUM_KEY, None)
+    if found == FORMAT and checksum != _checksum(self):
+      raise ValueError(
+        f"the host state of {source} is damaged; move its folder away to go on"
+        " from an earlier one, or give another --workdir to start anew"
+      )
+    if found not in (1, FORMAT):
+      raise ValueError(
+        f"{source} is of format {found!r}, this version of cf_jax reads"
+        f" {FORMAT}; go on with the version that wrote it (manifest.json says"
+        " which), or give another --workdir"
+      )
+
+  def __missing__(self, key: str):
+    raise ValueError(
+      f"{self._source} has no {key!r}: another version of cf_jax wrote it; go"
+      " on with that version (manifest.json says which), or give another"
+      " --workdir"
+    )
+
+
+def _checksum(host: Mapping[str, Any]) -> str:
+  """16 hex digits of what JSON keeps of it."""
+  text = json.dumps(json.loads(json.dumps(host)), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Checkpoints:
   """The checkpoints of one stage of a run.
 
   Args:
-    directory: where the steps lie; made if missing.
+    directory: where the steps lie.
     keep: how many of the newest are kept.
+    keep_best: how many of the best ones are kept beside them; 0: none.
+    best_metric: the metric, larger is better, by which they are. A checkpoint
+      at which it was not measured is none of them.
+    read_only: nothing is made or cleaned up: for the run of someone else, who
+      may be writing.
+
+  Raises:
+    ValueError: less than one is kept.
   """
 
-  def __init__(self, directory: pathlib.Path, *, keep: int):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    keep: int,
+    keep_best: int = 0,
+    best_metric: str = "",
+    read_only: bool = False,
+  ):
+    if keep < 1 or keep_best < 0 or keep_best and not best_metric:
+      raise ValueError(
+        "at least one checkpoint is kept, and the best ones by a metric; got"
+        f" config.checkpoint.keep={keep}, keep_best={keep_best},"
+        f" best_metric={best_metric!r}"
+      )
     self.directory = pathlib.Path(directory).absolute()
+    self._best = best_metric if keep_best else None
+    policies = checkpoint_managers.preservation_policy
+    kept = [policies.LatestN(n=keep)]
+    if keep_best:
+      kept.append(
+        policies.BestN(
+          get_metric_fn=self._score,
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=self._score if keep_best else None,
+        create=not read_only,
+        read_only=read_only,
+        # What a killed writer left.
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=True,
       ),
     )
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    return metrics[self._best]
 
   def latest_step(self) -> int | None:
     """The newest whole checkpoint's step, or None."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, host: dict) -> None:
+  def best_step(self) -> int | None:
+    """The best checkpoint's step; None where none was measured."""
+    return self._manager.best_step() if self._best else None
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    host: dict,
+    metrics: Mapping[str, Any] | None = None,
+  ) -> None:
     """Saves in the background; an existing checkpoint of `step` is kept.
 
     Args:
       step: updates done.
       state: TrainState on devices.
       host: json-able host state (data iterator, stage, counters).
+      metrics: of the step; the one that tells the best is kept beside it.
+
+    Raises:
+      OSError: this one, or the one before, cannot be written.
     """
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-      ),
-    )
+    score = None
+    if self._best:
+      found = float((metrics or {}).get(self._best, math.nan))
+      if math.isfinite(found):
+        score = {self._best: found}
+      else:
+        logging.info(
+          "checkpoint %d has no %s: none of the best", step, self._best
+        )
+    with self._writing():
+      self._manager.save(
+        step,
+        metrics=score,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          host=ocp.args.JsonSave(
+            {_FORMAT_KEY: FORMAT, _CHECKSUM_KEY: _checksum(host)} | host
+          ),
+        ),
+      )
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Orbax and tensorstore raise many things where a disk is full."""
+    try:
+      yield
+    except Exception as error:
+      raise OSError(
+        f"a checkpoint could not be written to {self.directory}: {error}. The"
+        " ones before it are whole: make room, or put it right, and give the"
+        " same command again"
+      ) from error
+
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    """What is broken on disk is said in terms of what to do."""
+    try:
+      yield
+    except Exception as error:
+      others = [n for n in self._manager.all_steps() if n != step]
+      advice = (
+        f"move {self.directory / str(step)} away to go on from step"
+        f" {max(others)}"
+        if others
+        else "give another --workdir to start anew"
+      )
+      raise ValueError(
+        f"checkpoint {step} in {self.directory} cannot be read: it is damaged,"
+        " or holds other shapes or parameters than this config's model and"
+        " optimizer, and does not fit; give the config it was saved under, or"
+        f" another --workdir. If it is damaged, {advice} ({error})"
+      ) from error
 
   def restore(
     self, template: TrainState, step: int | None = None
@@ -75,7 +226,7 @@ class Checkpoints:
         f"no checkpoint in {self.directory}; train first or change --workdir"
       )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    try:
+    with self._reading(step):
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -83,20 +234,17 @@ class Checkpoints:
           host=ocp.args.JsonRestore(),
         ),
       )
-    except ValueError as error:
-      raise ValueError(
-        f"checkpoint {step} in {self.directory} does not fit: it holds other"
-        " shapes or parameters than this config's model and optimizer; give"
-        f" the config it was saved under, or another --workdir ({error})"
-      ) from error
-    return restored["state"], restored["host"]
+    return restored["state"], self._host(step, restored)
 
-  def restore_params(self, template: dict) -> tuple[dict, dict]:
+  def restore_params(
+    self, template: dict, *, within: str = ""
+  ) -> tuple[dict, dict]:
     """Reads the newest checkpoint's parameters, and nothing of its optimizer.
 
     Args:
       template: the trained parameters as `jax.ShapeDtypeStruct`s with
         shardings.
+      within: part of the state that has them; "" is the state itself.
 
     Returns:
       Parameters, and the host state saved beside them.
@@ -108,18 +256,22 @@ class Checkpoints:
     if step is None:
       raise ValueError(f"no checkpoint in {self.directory}; train first")
     item = {"params": template}
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          item=item,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-          partial_restore=True,
+    if within:
+      item = {within: item}
+    with self._reading(step):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+          ),
+          host=ocp.args.JsonRestore(),
         ),
-        host=ocp.args.JsonRestore(),
-      ),
-    )
-    params = restored["state"]["params"]
+      )
+    state = restored["state"]
+    params = (state[within] if within else state)["params"]
 
     def check(key_path, wanted, got):
       # Orbax leaves the template where a path is missing, and keeps the
@@ -134,12 +286,29 @@ class Checkpoints:
         )
 
     jax.tree_util.tree_map_with_path(check, template, params)
-    return params, restored["host"]
+    return params, self._host(step, restored)
+
+  def _host(self, step: int, restored: Any) -> _Host:
+    return _Host(
+      restored["host"] or {}, f"checkpoint {step} in {self.directory}"
+    )
 
   def wait(self) -> None:
-    """Blocks until everything saved so far is on disk."""
-    self._manager.wait_until_finished()
+    """Blocks until everything saved so far is on disk.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def close(self) -> None:
     """Waits, then releases the writer's threads."""
-    self._manager.close()
+    with self._writing():
+      self._manager.close()

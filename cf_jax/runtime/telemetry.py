@@ -36,6 +36,9 @@ import rich.progress
 import rich.table
 from absl import logging
 
+from cf_jax import disk
+from cf_jax.runtime import processes
+
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 MANIFEST_FILE = "manifest.json"
@@ -81,18 +84,9 @@ def to_jsonable(value: Any) -> Any:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes a whole JSON file or leaves the old one: never half of one."""
-  write_text(
+  disk.write_text(
     path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n"
   )
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a whole UTF-8 text file or leaves the old one."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # A completion may hold half a surrogate pair, which UTF-8 cannot.
-  data = text.encode("utf-8", errors="replace")
-  _replace(path, lambda file: file.write(data))
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
@@ -123,18 +117,6 @@ def _rows(path: pathlib.Path) -> Iterator[dict]:
           f" {line[:60]!r}; repair or remove the line"
         )
       yield row
-
-
-def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with temporary.open("wb") as file:
-      write(file)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------- writers
@@ -293,11 +275,7 @@ def _keep_rows(path: pathlib.Path, resume: Mapping[str, int]) -> list[dict]:
     if row.get("step", 0) <= resume.get(row.get("stage"), -1)
   ]
 
-  def write(file):
-    for row in kept:
-      file.write(_line(row))
-
-  _replace(path, write)
+  disk.write(path, b"".join(map(_line, kept)))
   return kept
 
 
@@ -424,10 +402,13 @@ class PhaseTimer:
 
   Args:
     peak: what utilisation is measured against, for `flops`.
+    parts: processes that do the same work as this one on other rows; counts
+      and operations are those of all.
   """
 
-  def __init__(self, peak: Peak | None = None):
+  def __init__(self, peak: Peak | None = None, *, parts: int = 1):
     self._peak = peak
+    self._parts = parts
     self._reset()
 
   def _reset(self) -> None:
@@ -463,11 +444,11 @@ class PhaseTimer:
 
   def flops(self, name: str, amount: float) -> None:
     """Adds matmul operations to phase `name`, for its utilisation."""
-    self._flops[name] += amount
+    self._flops[name] += amount * self._parts
 
   def count(self, name: str, amount: float) -> None:
     """Adds tokens (or frames) to phase `name`, for its rate."""
-    self._count[name] += amount
+    self._count[name] += amount * self._parts
 
   def step(self) -> None:
     """Marks the end of one step."""
@@ -694,7 +675,7 @@ def progress(
     Progress.
   """
   console = console or rich.console.Console(stderr=True)
-  if not active:
+  if not (active and processes.is_first()):
     yield Progress(lambda done, note: None, start)
   elif console.is_terminal:
     yield from _bar(description, total, start, console)
@@ -808,6 +789,8 @@ def startup_table(
   console: rich.console.Console | None = None,
 ) -> None:
   """Prints what a run is about to do, one `name value` row each."""
+  if not processes.is_first():
+    return
   table = rich.table.Table(
     title=title, box=_TABLE_BOX, show_header=False, title_justify="left"
   )
@@ -830,6 +813,8 @@ def closing_table(
   Raises:
     ValueError: a row with more or fewer cells than there are columns.
   """
+  if not processes.is_first():
+    return
   table = rich.table.Table(title=title, box=_TABLE_BOX, title_justify="left")
   for number, column in enumerate(columns):
     table.add_column(
@@ -898,7 +883,8 @@ def write_manifest(
       "starts": [*earlier, start],
     }
   )
-  write_json(path, manifest)
+  if processes.is_first():
+    write_json(path, manifest)
   return manifest
 
 

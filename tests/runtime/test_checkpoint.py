@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from cf_jax.programs import scorer
 from cf_jax.runtime import checkpoint
 from cf_jax.types import TrainState
 
@@ -54,6 +55,31 @@ def test_round_trip(store, tmp_path):
   state, host = again.restore(jax.tree.map(jnp.zeros_like, _state()))
   again.close()
   _assert_same(state, _state())
+  assert host == HOST
+
+
+def test_parameters_of_a_part_of_the_state(store, tmp_path):
+  """As of a scorer that learned beside its policy."""
+  policy, other = _state(2), _state(3)
+  joint = scorer.JointState(
+    step=policy.step,
+    params=policy.params,
+    opt_state=policy.opt_state,
+    rng=policy.rng,
+    selector=other,
+  )
+  store.save(2, joint, HOST)
+  store.wait()
+  template = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    other.params,
+  )
+  again = checkpoint.Checkpoints(tmp_path / "rl", keep=1, read_only=True)
+  found, host = again.restore_params(template, within="selector")
+  whole, _ = again.restore_params(template)
+  again.close()
+  _assert_same(found, other.params)
+  _assert_same(whole, policy.params)
   assert host == HOST
 
 
@@ -112,38 +138,3 @@ def test_other_shapes_are_an_error(store):
   with pytest.raises(ValueError, match="does not fit.*--workdir"):
     store.restore(_state(width=5))
   gc.collect()  # tensorstore's futures of the failed restore complain
-
-
-_SAVE = """
-import sys
-import jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from cf_jax.runtime import checkpoint, sharding
-from cf_jax.types import TrainState
-size, folder = int(sys.argv[1]), sys.argv[2]
-assert jax.device_count() == size
-mesh = sharding.make_mesh(data=1, fsdp=size // 2, tensor=2, context=1)
-kernel = jnp.arange(32.0).reshape(8, 4)
-def put(x, *spec):
-  return jax.device_put(x, NamedSharding(mesh, P(*spec)))
-state = TrainState(
-    step=put(jnp.int32(4)), params={"kernel": put(kernel, "fsdp", "tensor")},
-    opt_state=(put(-kernel, "fsdp", "tensor"),), rng=put(jnp.arange(2)),
-)
-store = checkpoint.Checkpoints(folder, keep=1)
-if size == 8:
-  store.save(4, state, {"x": 1})
-else:
-  found, host = store.restore(jax.tree.map(lambda x: x * 0, state))
-  assert host == {"x": 1} and int(found.step) == 4
-  assert (found.params["kernel"] == kernel).all()
-  assert (found.opt_state[0] == -kernel).all()
-  for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(state)):
-    assert new.sharding.is_equivalent_to(old.sharding, new.ndim), new.sharding
-store.close()
-"""
-
-
-def test_restore_onto_fewer_devices(tmp_path, with_devices):
-  for size in (8, 4):
-    with_devices(size, _SAVE, str(size), str(tmp_path / "rl"))

@@ -1,0 +1,83 @@
+"""Files that are whole or not there: the one way in which anything is written.
+
+A file is written beside its name, forced to disk, and renamed; then the folder
+is forced to disk too. Whoever is killed, or whose machine loses power, leaves
+the old file or the new one, and at most a `.NAME.*.tmp` that nothing reads.
+"""
+
+import contextlib
+import os
+import pathlib
+import threading
+from collections.abc import Callable
+from typing import BinaryIO
+
+
+def write(
+  path: str | os.PathLike, data: bytes | Callable[[BinaryIO], object]
+) -> None:
+  """Writes a whole file or leaves the old one.
+
+  Args:
+    path: of the file; its folder is made if missing.
+    data: the content, or what writes it into an open file.
+
+  Raises:
+    OSError: it cannot be written; the old file is as it was.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  writer = f"{os.getpid()}.{threading.get_native_id()}"
+  partial = path.with_name(f".{path.name}.{writer}.tmp")
+  try:
+    with partial.open("wb") as file:
+      if callable(data):
+        data(file)
+      else:
+        file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError as error:
+    # A full disk is told by what it was to hold, not by a temporary name.
+    if error.errno is None or error.filename not in (None, str(partial)):
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+  _sync(path.parent)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a whole UTF-8 text file or leaves the old one."""
+  # A completion may hold half a surrogate pair, which UTF-8 cannot.
+  write(path, text.encode("utf-8", errors="replace"))
+
+
+def replace(partial: str | os.PathLike, path: str | os.PathLike) -> None:
+  """Gives a file or folder that is written whole elsewhere its name.
+
+  Args:
+    partial: on the same file system as `path`; what is in a folder is forced
+      to disk file by file.
+    path: of the result; a file there is replaced, a folder must be empty.
+  """
+  partial, path = pathlib.Path(partial), pathlib.Path(path)
+  inside = [p for p in partial.rglob("*") if p.is_file()]
+  for file in inside or [partial]:
+    _sync(file)
+  os.replace(partial, path)
+  _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Forces a file's content, or a folder's list of names, to disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError:
+    if not path.is_dir():  # some file systems do not sync folders
+      raise
+  finally:
+    os.close(descriptor)

@@ -1,0 +1,232 @@
+"""Disks that are full, folders that are gone, checkpoints of other times.
+
+Each is one clear sentence, and nothing that was there is destroyed.
+"""
+
+import contextlib
+import errno
+import gc
+import resource
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cf_jax import main
+from cf_jax.data import synthetic
+from cf_jax.programs import train
+from cf_jax.runtime import checkpoint, lifecycle, telemetry
+from cf_jax.types import TrainState
+
+HOST = {"loader": {"next": 3}}
+
+
+def _state(step, size=20_000):
+  rng = np.random.default_rng(step)
+  return TrainState(
+    step=jnp.int32(step),
+    params={"kernel": jnp.asarray(rng.normal(size=size), jnp.float32)},
+    opt_state=(),
+    rng=jax.random.key_data(jax.random.key(0)),
+  )
+
+
+def _assert_holds(folder, step):
+  with checkpoint.Checkpoints(folder, keep=9, read_only=True) as store:
+    state, host = store.restore(_state(0), step)
+  np.testing.assert_array_equal(
+    state.params["kernel"], _state(step).params["kernel"]
+  )
+  assert host == HOST
+
+
+@contextlib.contextmanager
+def _full_disk(size):
+  """The system refuses to let any file grow past so many bytes."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+# ------------------------------------------------------------------ full disks
+
+
+def test_a_checkpoint_on_a_full_disk(tmp_path):
+  with checkpoint.Checkpoints(tmp_path / "rl", keep=2) as store:
+    store.save(1, _state(1), HOST)
+    store.wait()
+    with _full_disk(4096), pytest.raises(OSError) as caught:
+      store.save(2, _state(2), HOST)
+      store.wait()
+    said = str(caught.value)
+    assert "could not be written" in said and str(tmp_path / "rl") in said
+    assert "same command again" in said
+  gc.collect()
+  _assert_holds(tmp_path / "rl", 1)
+  # With room again the next start goes on from there.
+  with checkpoint.Checkpoints(tmp_path / "rl", keep=2) as store:
+    assert store.latest_step() == 1
+    store.save(2, _state(2), HOST)
+  _assert_holds(tmp_path / "rl", 2)
+
+
+def test_metrics_on_a_full_disk(tmp_path):
+  with telemetry.MetricWriter(tmp_path, resume={}) as writer:
+    writer.write(1, "rl", {"loss": 1.0})
+    writer.flush()
+    size = (tmp_path / telemetry.METRICS_FILE).stat().st_size
+    with _full_disk(size + 10), pytest.raises(OSError, match="large"):
+      writer.write(2, "rl", {"loss": 2.0})
+  # The half-written row is dropped, also where more follows later.
+  with telemetry.MetricWriter(tmp_path, resume={"rl": 1}) as writer:
+    writer.write(2, "rl", {"loss": 2.0})
+  rows = telemetry.read_rows(tmp_path / telemetry.METRICS_FILE)
+  assert [row["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+  ("number", "says"),
+  [
+    (errno.ENOSPC, "the disk is full: make room"),
+    (errno.EROFS, "can only be read there"),
+    (errno.EACCES, "permission is missing"),
+  ],
+)
+def test_troubles_are_said_in_words(number, says):
+  said = main.explain_error(OSError(number, "os's word", "/runs/x/m.jsonl"))
+  assert said.startswith("/runs/x/m.jsonl: ") and says in said
+  assert "os's word" in said
+  assert "the same command goes on from there" in said
+  assert main.explain_error(ValueError("plain")) == "plain"
+
+
+# ------------------------------------------------------- folders and data gone
+
+
+def test_a_second_run_touches_nothing(tiny_config, tmp_path):
+  tiny_config.lock()
+  with lifecycle.Guard(tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is in use by process"):
+      train.run(tiny_config, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_data_set_that_is_gone(tiny_config, tmp_path):
+  tiny_config.data.source = f"jsonl:{tmp_path / 'gone'}"
+  with pytest.raises(ValueError, match="no manifest at .*config.data.source"):
+    train.run(tiny_config.lock(), tmp_path / "run")
+  names = {p.name for p in (tmp_path / "run").iterdir()}
+  assert names == {lifecycle.LOCK_FILE, lifecycle.HEARTBEAT_FILE}
+
+
+def test_a_built_in_set_without_its_index(tmp_path):
+  (tmp_path / "DONE").touch()
+  with pytest.raises(ValueError, match="index.*remove.*written anew"):
+    synthetic.load(tmp_path, "train")
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def _files(folder):
+  return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("how", ["halved", "emptied", "removed"])
+def test_a_damaged_checkpoint_says_where_to_go_on(how, tmp_path):
+  folder = tmp_path / "rl"
+  with checkpoint.Checkpoints(folder, keep=2) as store:
+    for step in (2, 4):
+      store.save(step, _state(step), HOST)
+  largest = max(_files(folder / "4" / "state"), key=lambda p: p.stat().st_size)
+  data = largest.read_bytes()
+  if how == "removed":
+    largest.unlink()
+  else:
+    largest.write_bytes(data[: len(data) // 2] if how == "halved" else b"")
+  listed = _files(folder)
+  with checkpoint.Checkpoints(folder, keep=2) as store:
+    with pytest.raises(ValueError) as caught:
+      store.restore(_state(0))
+    said = str(caught.value)
+    assert "checkpoint 4" in said and "cannot be read" in said
+    assert f"move {folder / '4'} away to go on from step 2" in said
+  gc.collect()
+  assert _files(folder) == listed  # nothing is destroyed
+  (folder / "4").rename(tmp_path / "away")
+  _assert_holds(folder, 2)
+
+
+def test_checkpoints_of_another_version(tmp_path, monkeypatch):
+  with checkpoint.Checkpoints(tmp_path, keep=3) as store:
+    store.save(1, _state(1), HOST)
+    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    store.save(2, _state(2), HOST)
+    store.wait()
+    monkeypatch.undo()
+    _, host = store.restore(_state(0), 1)
+    with pytest.raises(ValueError, match="has no 'moments'.*another version"):
+      host["moments"]
+    with pytest.raises(ValueError, match="of format 7.*reads 2.*manifest.json"):
+      store.restore(_state(0), 2)
+
+
+def test_a_damaged_host_state_is_found(tmp_path):
+  """Valid JSON, another number: the arrays' checksums do not cover it."""
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, _state(1), HOST)
+    store.wait()
+    (path,) = (p for p in _files(tmp_path / "1" / "host") if p.stat().st_size)
+    path.write_text(path.read_text().replace('"next": 3', '"next": 4'))
+    with pytest.raises(ValueError, match="host state of checkpoint 1.*damaged"):
+      store.restore(_state(0))
+
+
+def test_what_a_killed_writer_left_is_cleaned_up_by_its_own_run(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, _state(1), HOST)
+  left = tmp_path / "2.orbax-checkpoint-tmp"
+  left.mkdir()
+  with checkpoint.Checkpoints(tmp_path, keep=1, read_only=True) as store:
+    assert store.latest_step() == 1
+  assert left.exists()  # whoever reads may not know that the writer is dead
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(3, _state(3), HOST)  # waits for the broom
+  assert not left.exists()
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+  scores = {1: 0.5, 2: 0.9, 3: None, 4: float("nan"), 5: 0.7, 6: 0.1}
+  settings = dict(keep=2, keep_best=2, best_metric="dev_accuracy")
+  with checkpoint.Checkpoints(tmp_path, **settings) as store:
+    assert store.best_step() is None
+    for step, score in scores.items():
+      metrics = {"loss": 1.0}
+      if score is not None:
+        metrics["dev_accuracy"] = np.float32(score)
+      store.save(step, _state(step), HOST, metrics)
+    store.wait()
+    assert store.best_step() == 2 and store.latest_step() == 6
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5", "6"]
+  # Another start counts on.
+  with checkpoint.Checkpoints(tmp_path, **settings) as store:
+    store.save(7, _state(7), HOST, {"dev_accuracy": 0.8})
+    store.wait()
+    assert store.best_step() == 2
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "6", "7"]
+
+
+@pytest.mark.parametrize(
+  "settings", [dict(keep=0), dict(keep=1, keep_best=1, best_metric="")]
+)
+def test_settings_of_checkpoints(settings, tmp_path):
+  with pytest.raises(ValueError, match="config.checkpoint.keep"):
+    checkpoint.Checkpoints(tmp_path, **settings)

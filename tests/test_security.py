@@ -1,0 +1,282 @@
+"""Nobody is let in: no code in data, no way out of a folder, no told secrets.
+
+What users type never becomes a special token: tests/data/test_prompts.py.
+"""
+
+import ast
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from cf_jax import report
+from cf_jax.data import records
+from cf_jax.runtime import telemetry
+from tests.conftest import ROOT
+
+OURS = [
+  path
+  for folder in ("cf_jax", "configs", "launch", "benchmarks")
+  for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+# ------------------------------------------------------------- no code in data
+
+# Builtins and functions that turn data into code, or a string into a command.
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+CALLS |= {"torch.load", "yaml.load", "pty.spawn", "shelve.open"}
+CALLS |= {"runpy.run_path", "runpy.run_module", "importlib.import_module"}
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal"}
+MODULES |= {"shelve", "yaml", "code", "codeop"}
+# A config is a program that the user names on the command line; one of this
+# package is found by its name, after a look at the list.
+NAMED_BY_USERS = {
+  ("cf_jax/main.py", "runpy.run_path"),
+  ("cf_jax/main.py", "importlib.import_module"),
+  ("cf_jax/programs/plan.py", "runpy.run_path"),
+  ("launch/sweep.py", "runpy.run_path"),
+  # Of a table in the file; of a training config that lies beside it.
+  ("benchmarks/kills.py", "importlib.import_module"),
+  ("configs/cache_frames.py", "importlib.import_module"),
+}
+
+
+def _dotted(node):
+  parts = []
+  while isinstance(node, ast.Attribute):
+    parts.append(node.attr)
+    node = node.value
+  return ".".join([getattr(node, "id", "?"), *reversed(parts)])
+
+
+def _doors(path):
+  """What in a file could run data as code, in words."""
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names = [a.name for a in node.names]
+      if isinstance(node, ast.ImportFrom):
+        names = [node.module]
+      for name in names:
+        if name.split(".")[0] in MODULES:
+          yield name
+    if not isinstance(node, ast.Call):
+      continue
+    name = _dotted(node.func)
+    if name in CALLS:
+      yield name
+    for keyword in node.keywords:
+      value = getattr(keyword.value, "value", True)
+      if (
+        keyword.arg in ("allow_pickle", "trust_remote_code", "shell") and value
+      ):
+        yield f"{name}({keyword.arg}=...)"
+
+
+def test_no_data_is_run_as_code():
+  found = {
+    (str(path.relative_to(ROOT)), door)
+    for path in OURS
+    for door in _doors(path)
+  }
+  assert found <= NAMED_BY_USERS, found - NAMED_BY_USERS
+
+
+def test_the_search_finds_what_it_is_for(tmp_path):
+  path = tmp_path / "bad.py"
+  path.write_text(
+    "import pickle\nfrom yaml import load\neval('1')\nnp.load(x,"
+    " allow_pickle=True)\nrun('ls', shell=True)\nmodel.eval()\n"
+    "np.load(x, allow_pickle=False)\nAutoModel.x(trust_remote_code=flag)\n"
+  )
+  assert sorted(_doors(path)) == [
+    "AutoModel.x(trust_remote_code=...)",
+    "eval",
+    "np.load(allow_pickle=...)",
+    "pickle",
+    "run(shell=...)",
+    "yaml",
+  ]
+
+
+# ------------------------------------------------------ no way out of a folder
+
+
+def _manifest(folder, video):
+  row = {"video": video, "question": "?", "options": ["x", "y"], "answer": "A"}
+  (folder / "my.jsonl").write_text(json.dumps(row) + "\n")
+  return folder / "my.jsonl"
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """A manifest's folder with links inside and out, and one beside it."""
+  inside, outside = tmp_path / "inside", tmp_path / "inside_not"
+  for folder in (inside, outside):
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"")
+  (inside / "link.mp4").symlink_to(outside / "a.mp4")
+  (inside / "folder").symlink_to(outside)
+  (inside / "same.mp4").symlink_to("a.mp4")
+  return inside, outside
+
+
+@pytest.mark.parametrize(
+  "video",
+  [
+    "../inside_not/a.mp4",
+    "folder/a.mp4",
+    "link.mp4",
+    "folder/../a.mp4",  # of the folder that the link leads to: tmp_path
+    "/etc/passwd",
+    "~/a.mp4",
+  ],
+)
+def test_a_manifest_names_nothing_outside_unless_allowed(folders, video):
+  path = _manifest(folders[0], video)
+  with pytest.raises(ValueError, match="my.jsonl:1.*allow_outside=True"):
+    records.load_jsonl(path)
+  assert len(records.load_jsonl(path, allow_outside=True)) == 1
+
+
+def test_an_absolute_path_inside_is_inside(folders):
+  for video in (str(folders[0] / "a.mp4"), "a.mp4", "./a.mp4", "same.mp4"):
+    (sample,) = records.load_jsonl(_manifest(folders[0], video))
+    assert os.path.samefile(sample.video, folders[0] / "a.mp4")
+
+
+@pytest.mark.parametrize(
+  "video",
+  [
+    "http://x.example/a.mp4",
+    "concat:a.mp4|b.mp4",
+    "file:///etc/passwd",
+    "a\0b",
+  ],
+)
+def test_a_video_is_a_file(folders, video):
+  """FFmpeg would open all of these."""
+  path = _manifest(folders[0], video)
+  for allowed in (False, True):
+    with pytest.raises(ValueError, match="path of a local file"):
+      records.load_jsonl(path, allow_outside=allowed)
+
+
+# ---------------------------------------------------------- pages show, not run
+
+OWNED = "document.body.dataset.owned=1"
+PAYLOADS = (
+  f"<script>{OWNED}</script>",
+  f"</script><script>{OWNED}</script>",
+  f'"><img src=x onerror="{OWNED}">',
+  f"' onmouseover='{OWNED}' autofocus onfocus='{OWNED}",
+  f"</pre></code></td><svg onload={OWNED}>",
+  f"javascript:{OWNED}",
+  f"&lt;script&gt;{OWNED}&lt;/script&gt;",
+  "{title} {0.__class__} %s",
+)
+
+
+def _hostile_run(folder):
+  """A workdir in which every text is a payload."""
+  bad = " ".join(PAYLOADS)
+  with telemetry.MetricWriter(folder, resume={}) as writer:
+    for step in (1, 2, 3):
+      metrics = {"loss": 1.0, "reward/mean": 0.5, f"accuracy/{bad}": 0.5}
+      writer.write(step, "rl", metrics | {f"time/{bad}_s": 1.0, bad: 1.0})
+    record = dict.fromkeys(("sample_id", "task", "prompt", "answer"), bad)
+    record |= {"completion": bad, "rewards": {bad: 1.0, "total": 1.0}}
+    record |= {"keyframe_s": [0.5], "advantage": 0.1, "view": bad}
+    writer.write_rollouts(1, "rl", [record])
+  row = dict(accuracy=0.5, low=0.4, high=0.6, count=8)
+  results = {
+    "chance": {bad: 0.25, "all": 0.25},
+    "evaluations": [
+      row | dict(stage=stage, view=view, task=task)
+      for stage in ("sft", "rl")
+      for view in ("keyframes", bad)
+      for task in (bad, "all")
+    ],
+    "goals": [dict(name=bad, value=1.0, goal=2.0, met=False)],
+    "probes": {bad: dict(accuracy=0.5, chance=0.25, half_interval=0.1)},
+    "hit_rates": {"keyframes": 0.5, "uniform": 0.25},
+    "timing": {"this_start_s": 3.0},
+  }
+  telemetry.write_json(folder / "results.json", results)
+  telemetry.write_manifest(
+    folder,
+    config={"name": bad, bad: bad, "deep": {bad: [bad]}},
+    seed=0,
+    data_hash=bad,
+    argv=[bad],
+  )
+  return report.write_report(folder)
+
+
+class _Tags(html.parser.HTMLParser):
+  """Every tag of a page, with its attributes."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags = []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+
+def _inert(text):
+  """Nothing in a page is a script, or an attribute that is one."""
+  tags = _Tags(text).tags
+  assert len(tags) > 50
+  for tag, attributes in tags:
+    assert tag not in ("script", "iframe", "object", "embed", "svg", "base")
+    for name, value in attributes.items():
+      assert not name.startswith("on") and name != "autofocus", (tag, name)
+      if name in ("href", "src"):
+        assert not value.strip().lower().startswith("javascript:")
+
+
+def test_a_hostile_run_has_a_harmless_page(tmp_path):
+  text = _hostile_run(tmp_path).read_text("utf-8")
+  _inert(text)
+  assert "&lt;script&gt;document.body" in text  # and is shown
+
+
+def _browser():
+  names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+  return next(filter(None, map(shutil.which, names)), None)
+
+
+def test_a_real_browser_runs_nothing(tmp_path):
+  browser = _browser()
+  if browser is None:
+    pytest.skip("no chromium on this machine")
+  page = _hostile_run(tmp_path / "run")
+  # The same text unescaped is run: the browser would tell.
+  control = tmp_path / "control.html"
+  control.write_text(f"<body>{PAYLOADS[0]}</body>")
+  owned = []
+  for path in (control, page):
+    ran = subprocess.run(
+      [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        path.as_uri(),
+      ],
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    assert "<body" in ran.stdout, ran.stderr[-1000:]
+    owned.append(bool(re.search(r"<body[^>]*data-owned", ran.stdout)))
+  assert owned == [True, False]
