@@ -26,8 +26,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from benchmarks import contrasts
+
 ROOT = pathlib.Path(__file__).parents[1]
 TAD = ROOT / "notebooks/01_tad.ipynb"
+ABLATIONS = ROOT / "notebooks/02_ablations.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -78,15 +81,33 @@ def made():
     yield execute(TAD)
 
 
-def test_outputs_are_of_this_code(made):
-  cells = code_cells(TAD)
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+  """The notebook on ablations, at the test suite's size."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "path", list(sys.path))
+    patch.setenv("ABLATION_SIZE", "tiny")
+    patch.setenv("SWEEP", "not/there")
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # made videos
+    yield execute(ABLATIONS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_all_cells_were_run(path):
+  cells = code_cells(path)
   counts = [cell["execution_count"] for cell in cells]
   assert counts == list(range(1, len(cells) + 1)), "run all, from the top"
-  for cell, printed, figures in zip(
-    cells, made.printed, made.figures, strict=True
-  ):
+  for cell in cells:
     kinds = {output["output_type"] for output in cell["outputs"]}
     assert "error" not in kinds
+    told = [o["name"] for o in cell["outputs"] if o["output_type"] == "stream"]
+    assert "stderr" not in told
+
+
+def test_outputs_are_of_this_code(made):
+  for cell, printed, figures in zip(
+    code_cells(TAD), made.printed, made.figures, strict=True
+  ):
     kept = [
       "".join(output["text"])
       for output in cell["outputs"]
@@ -173,6 +194,102 @@ def test_video_of_the_user(write_video, tmp_path, monkeypatch):
   assert ran.names["strip"].is_file()
   assert len(ran.names["time_s"]) == 40
   assert {10, 20, 30} <= set(ran.names["found"].tolist())
+
+
+def test_arms_share_a_cold_start(ablated):
+  out, names = ablated.names["out"], ["cold_start", "grpo", "kfgrpo"]
+  points = json.loads((out / "sweep.json").read_text())
+  assert [point["name"] for point in points] == names
+  said = "".join(ablated.printed)
+  assert "\ngrpo: GRPO, 2 updates" in "\n" + said
+  assert "kfgrpo: KF-GRPO, 2 updates" in said
+  for view in ("keyframes", "shuffled", "reversed"):
+    assert f"| kfgrpo | rl | {view} |" in said
+  rows = {
+    arm: [
+      json.loads(line)
+      for line in (out / arm / "metrics.jsonl").read_text().splitlines()
+    ]
+    for arm in names
+  }
+  assert [row["stage"] for row in rows["cold_start"]] == ["sft"] * 2
+  assert not any("bonus/mean" in row for row in rows["grpo"])
+  assert all("bonus/mean" in row for row in rows["kfgrpo"])
+  # Their first completions are the same.
+  first = [rows[arm][0] for arm in names[1:]]
+  for name in ("reward/accuracy", "length/mean"):
+    assert first[0][name] == first[1][name]
+  assert ablated.figures[-1] == ablated.figures[-2] == 1
+
+
+def test_what_is_not_there_is_said(ablated):
+  said = "".join(ablated.printed)
+  assert "sweep.json is not in the folder 'there'" in said
+  for path in (ROOT / "docs/results").glob("*.json"):
+    assert f"\n{path.stem} " in "\n" + said
+  measured = (ROOT / "docs/results/contrasts.json").is_file()
+  assert ("have not been measured" in said) == (not measured)
+
+
+def test_contrasts_are_drawn(ablated, capsys):
+  row = dict(mean=0.02, low=-0.01, high=0.05, p_holm=0.2, each=[0.01, 0.03])
+  ablated.names["show_contrasts"]({"a) TAD - uniform": row})
+  assert "| a) TAD - uniform | 2.0 | -1.0 to 5.0 |" in capsys.readouterr().out
+  (axis,) = plt.gcf().axes
+  assert axis.get_yticklabels()[0].get_text() == "a) TAD - uniform"
+  views = {
+    arm: {f"{view} order_two": [0.5, 0.75] for view in contrasts.VIEWS}
+    for arm in contrasts.SHOWN
+  }
+  ablated.names["show_views"](views)
+  assert len(plt.gcf().axes[0].get_lines()) == 3  # two seeds and chance
+  plt.close("all")
+
+
+class TestClone:
+  """The first cell of the notebook that needs more than the package."""
+
+  @pytest.fixture
+  def start(self, monkeypatch, tmp_path):
+    """Runs it in an empty folder: REPOSITORY -> commands, root."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = "".join(code_cells(ABLATIONS)[0]["source"])
+    assert source.count('REPOSITORY = ""') == 1
+    commands = []
+
+    def run(command, check):
+      commands.append(command)
+      if command[0] == "git":
+        made = tmp_path / command[-1] / "cf_jax"
+        made.mkdir(parents=True)
+        (made / "tad.py").touch()
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+    def start(repository):
+      names = {}
+      code = source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+      exec(code, names)
+      assert sys.path[0] == str(names["root"])
+      return commands, names["root"]
+
+    return start
+
+  def test_folder(self, start):
+    assert start(str(ROOT)) == ([], ROOT)
+
+  def test_address(self, start, tmp_path, monkeypatch):
+    address = "https://example.org/cf_jax.git"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (clone, pip), root = start(address)
+    assert clone[:2] == ["git", "clone"] and address in clone
+    assert root == tmp_path / "cf_jax_clone"
+    assert pip[-2] == "--editable" and pip[-1].startswith(str(root))
+
+  def test_nowhere_is_said(self, start):
+    with pytest.raises(RuntimeError, match="set REPOSITORY to its folder"):
+      start("")
 
 
 class TestInstallation:

@@ -1,13 +1,14 @@
-"""Asks a policy one question about one video and streams the answer.
+"""Asks a policy one question about one video or picture, streams the answer.
 
 The video is scanned, the keyframes are chosen from the scan, decoded at the
-policy's resolution and put into the prompt; then the answer comes token by
-token. The answer alone goes to standard output. Files of the workdir:
+policy's resolution and put into the prompt, one or two to a temporal slice;
+then the answer comes token by token. A still picture is a video of one frame.
+The answer alone goes to standard output. Files of the workdir:
   answer.json     question, answer, keyframes, tokens, seconds, settings
   keyframes.png   the keyframes over the curve of variation scores
 
-Axes: `T` scanned frames, `K` keyframes, `P` visual tokens per frame, `S` prompt
-slots, `C` answer slots, `V` vocabulary.
+Axes: `T` scanned frames, `K` keyframes, `L` temporal slices, `P` visual tokens
+of a slice, `S` prompt slots, `C` answer slots, `V` vocabulary.
 """
 
 import codecs
@@ -31,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from cf_jax import descriptor, report, sampling, selectors, tad
 from cf_jax import policy as policy_lib
-from cf_jax.data import patches, prompts, video
+from cf_jax.data import drawing, frame_size, images, patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.programs import policies
@@ -45,6 +46,7 @@ PICTURE_FILE = "keyframes.png"
 _NUM_KEYFRAMES = 8
 _MIN_VISUAL, _MAX_VISUAL = 4, 256  # visual tokens of a frame
 _RESIZE = "bicubic"
+_PROMPT = dict(frames_per_slice=1, number_frames=False)
 _BUILD = dict(
   show_time=True,
   time_format=prompts.TIME_FORMAT,
@@ -83,7 +85,7 @@ class Steps(NamedTuple):
   """The compiled programs.
 
   Attributes:
-    encode: params, float[1, K, 4P, patch] -> float[1, K * P, D].
+    encode: params, float[1, L, 4P, patch] -> float[1, L * P, D].
     start: as `sampling.start`.
     advance: as `sampling.advance`; its state is donated.
   """
@@ -129,7 +131,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f" {config.dtype!r}; change config.dtype"
     )
   sampling.check_settings(**config.sampling)
-  kernels = typing.get_args(video.Resize)
+  kernels = typing.get_args(frame_size.Resize)
   for name, fits, what in (
     ("scan.size_px", min(config.scan.size_px) > 0, "(height, width)"),
     ("resize", config.resize in (None, *kernels), f"None or one of {kernels}"),
@@ -145,15 +147,18 @@ def settle(
   """Puts a value in the place of every None.
 
   Of a run, what its policy was shown comes before the program's defaults: the
-  number and the area of keyframes, how they are resized, and the prompt's form.
-  How keyframes are found, and their aspect ratio, are the program's own.
+  number and the area of keyframes, how they are resized, how many share a
+  slice, whether they bear numbers, and the prompt's form: the template of
+  questions with options, or of those without. How keyframes are found, and
+  their aspect ratio, are the program's own.
 
   Args:
     config: of configs/ask.py.
     model: shape of the policy.
 
   Raises:
-    ValueError: a number of keyframes or of pixels that shows nothing.
+    ValueError: a number of keyframes or of pixels that shows nothing, or of
+      frames that no slice holds.
   """
   config = config.copy_and_resolve_references()
   config.unlock()
@@ -172,14 +177,29 @@ def settle(
     fill(config, {"num_keyframes": trained["tad"]["num_keyframes"]})
     fill(config, {"resize": reader.get("resize")})
     fill(config.frame, {"max_pixels": math.prod(reader["size_px"])})
-    build = trained["prompt"]["build"]
+    prompt = trained["prompt"]
+    fill(config.prompt, {k: prompt.get(k) for k in _PROMPT})
+    kind = "multiple_choice" if config.options else "free_form"
+    template = prompt.get("templates", {}).get(kind)
+    fill(config.prompt.build, {"question_template": template})
+    build = prompt["build"]
     fill(config.prompt.build, {k: build.get(k) for k in config.prompt.build})
+  elif images.is_image(config.video):  # as Qwen2.5-VL knows pictures
+    fill(config.prompt.build, {"show_time": True, "time_format": ""})
   fill(config, {"num_keyframes": _NUM_KEYFRAMES, "resize": _RESIZE})
   fill(config.frame, {"max_pixels": _MAX_VISUAL * side**2})
   least = min(_MIN_VISUAL * side**2, config.frame.max_pixels)
   fill(config.frame, {"min_pixels": least})
+  fill(config.prompt, _PROMPT)
   fill(config.prompt.build, _BUILD)
 
+  temporal = model.vision.temporal_patch_size
+  if config.prompt.frames_per_slice not in (1, temporal):
+    raise ValueError(
+      f"frames_per_slice must be 1 or the {temporal} frames that the model's"
+      f" temporal patch holds, got {config.prompt.frames_per_slice}; change"
+      " config.prompt.frames_per_slice"
+    )
   if not 1 <= config.num_keyframes <= config.scan.num_frames:
     raise ValueError(
       f"num_keyframes must be from 1 to the {config.scan.num_frames} scanned"
@@ -234,7 +254,7 @@ def end_ids(
 
 
 def look(config: ml_collections.ConfigDict, factor: int) -> Seen:
-  """Scans the video and decodes its keyframes.
+  """Scans the video or picture and decodes its keyframes.
 
   Args:
     config: settled.
@@ -244,7 +264,13 @@ def look(config: ml_collections.ConfigDict, factor: int) -> Seen:
     video.VideoError: the file cannot be read.
     ValueError: a setting of the selector is out of range.
   """
-  scan = video.scan_frames(config.video, **config.scan)
+  reader, how = video, dict(num_threads=config.scan.num_threads)
+  if images.is_image(config.video):
+    reader, how = images, {}
+  how["limits"] = limits = video.Limits(**config.limits)
+  scan = reader.scan_frames(
+    config.video, config.scan.num_frames, tuple(config.scan.size_px), **how
+  )
   embedding = jax.jit(descriptor.pixel_descriptor)(scan.frames)
   mask = jnp.asarray(scan.mask)
   chosen = selectors.select_videos(
@@ -260,22 +286,20 @@ def look(config: ml_collections.ConfigDict, factor: int) -> Seen:
     score = tad.score_videos(embedding[None], mask[None])[0]
   slot = np.asarray(chosen.index)[np.asarray(chosen.mask)]
   number = scan.frame_index[slot].astype(np.int64)
-  info = video.probe(config.video)
-  size_px = video.fit_size(
+  info = reader.probe(config.video, limits=limits)
+  size_px = frame_size.fit_size(
     info.height,
     info.width,
     num_frames=len(number),
     factor=factor,
-    frames_per_slice=1,
+    frames_per_slice=config.prompt.frames_per_slice,
     **config.frame,
   )
-  frames, time_s = video.read_frames(
-    config.video,
-    number,
-    size_px,
-    resize=config.resize,
-    num_threads=config.scan.num_threads,
+  frames, time_s = reader.read_frames(
+    config.video, number, size_px, resize=config.resize, **how
   )
+  if config.prompt.number_frames:
+    frames = drawing.draw_numbers(frames, np.arange(len(frames)))
   return Seen(
     frames=frames,
     number=number,
@@ -303,7 +327,7 @@ def word(
     tokenizer,
     config.question,
     tuple(config.options),
-    frame_time_s=seen.time_s,
+    frame_time_s=seen.time_s[:: config.prompt.frames_per_slice],
     grid=(grid.height // merge, grid.width // merge),
     tokens_per_second=model.vision.tokens_per_second,
     **config.prompt.build,
@@ -322,7 +346,7 @@ def word(
   slots = -(-count // multiple) * multiple
   return Prompt(**prompts.pad_prompts([row], slots)), dict(
     visual=visual,
-    visual_per_frame=visual // len(seen.frames),
+    visual_per_slice=grid.height * grid.width // merge**2,
     text=count - visual,
     prompt=count,
     slots=slots,
@@ -377,7 +401,7 @@ def compile_steps(
   Args:
     model: shape of the policy.
     params: its parameters, on the mesh.
-    pixel: float32[1, K, 4P, patch].
+    pixel: float32[1, L, 4P, patch].
     prompt: Prompt of one row.
     seed: uint32[1, 2].
     banned: bool[V].
@@ -565,6 +589,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     patch=vision.patch_size,
     merge=vision.spatial_merge_size,
     temporal=vision.temporal_patch_size,
+    pair=config.prompt.frames_per_slice > 1,
   )[None]
   with phase("compile", "compiling"):
     steps = compile_steps(
@@ -656,8 +681,8 @@ def _plan(config, mesh, seen, cost, memory) -> dict[str, str]:
     f" {dict(mesh.shape)}",
     "video": f"{config.video}, {len(seen.scan_s)} frames looked at",
     "shown": f"{len(seen.frames)} frames of {height} x {width} px, chosen by"
-    f" {config.select}",
-    "tokens": f"{cost['visual']} visual ({cost['visual_per_frame']} per frame)"
+    f" {config.select}, {config.prompt.frames_per_slice} to a slice",
+    "tokens": f"{cost['visual']} visual ({cost['visual_per_slice']} per slice)"
     f" + {cost['text']} text in {cost['slots']} slots, up to"
     f" {config.sampling.max_tokens} new",
     "memory": f"parameters {_size(memory['parameters'])}, key/value cache"

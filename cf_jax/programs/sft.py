@@ -1,26 +1,43 @@
 """Supervised cold start on worded reasoning, stopped while there is something
 left to learn.
 
-The loss is the mean negative log-likelihood of the target's tokens (reasoning,
-answer and end token); prompt tokens carry no loss.
+The loss is a mean negative log-likelihood, by `sft.loss_on`:
+  completion   of the target's tokens: reasoning, answer and end token. The
+               softmax leaves out what is never sampled, as sampling does.
+  all          of the prompt's text as well, under the whole vocabulary. What
+               shows pictures carries no loss.
+
+With `sft.pack` samples share rows (data/packing.py). The update is the same.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from absl import logging
 
 from cf_jax import masked, policy
-from cf_jax.data import targets
-from cf_jax.programs import evaluate, policies, work
+from cf_jax.data import packing, targets
+from cf_jax.models import vlm
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, optim, sharding, telemetry
+from cf_jax.programs import held_out, policies, work
+from cf_jax.runtime import (
+  checkpoint,
+  lifecycle,
+  optim,
+  processes,
+  sharding,
+  telemetry,
+)
 from cf_jax.types import Rollout, TrainState, View
 from cf_jax.views import Prepared
+
+LossOn = Literal["completion", "all"]
 
 
 class Targets(NamedTuple):
@@ -37,6 +54,18 @@ class Targets(NamedTuple):
   target: Rollout
 
 
+class PackedTargets(NamedTuple):
+  """The same in rows that hold several samples.
+
+  Attributes:
+    rows: of `packing.lay`, R of them.
+    pixel: float32[R, F, 4P, patch] pictures of each row.
+  """
+
+  rows: packing.Rows
+  pixel: jax.Array
+
+
 def sft_loss(
   params: Any,
   batch: Targets,
@@ -44,39 +73,139 @@ def sft_loss(
   model,
   grid,
   banned,
+  loss_on: LossOn = "completion",
   whole: Targets | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Mean negative log-likelihood of the target tokens, in nats a token.
+  """Mean negative log-likelihood of the tokens that carry it, in nats a token.
 
   Where `batch` is a part of the batch `whole`, the loss is that part's summand
   of the mean, and so is every metric.
   """
-  num_tokens = jnp.sum((whole or batch).target.mask)
+  whole = whole or batch
   encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
-  logprob, entropy = policy.completion_logprobs(
-    model, params, batch.view, encoded, batch.target, banned
-  )
+  if loss_on == "completion":
+    num_tokens = jnp.sum(whole.target.mask)
+    logprob, entropy = policy.completion_logprobs(
+      model, params, batch.view, encoded, batch.target, banned
+    )
+    mask = batch.target.mask
+  else:
+    found = policy.sequence_logprobs(
+      model, params, batch.view, encoded, batch.target
+    )
+    logprob, entropy = (
+      jnp.concatenate([prompt, target[:, 0]], axis=1)
+      for prompt, target in zip(*found, strict=True)
+    )
+    mask = _all_scored(batch)
+    num_tokens = jnp.sum(_all_scored(whole))
+  return _mean_loss(logprob, entropy, mask, num_tokens)
 
+
+def _all_scored(batch: Targets) -> jax.Array:
+  """bool[B, S + C] what carries the loss on "all"."""
+  text = policy.text_mask(batch.view.prompt)
+  return jnp.concatenate([text, batch.target.mask[:, 0]], axis=1)
+
+
+def packed_loss(
+  params: Any,
+  batch: PackedTargets,
+  *,
+  model,
+  grid,
+  banned,
+  loss_on: LossOn = "completion",
+  whole: PackedTargets | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`sft_loss` of the samples in the rows."""
+  rows = batch.rows
+  num_tokens = jnp.sum((whole or batch).rows.scored)
+  encoded = policy.encode_frames(model, params, batch.pixel, grid=grid)
+  visual = encoded.reshape(len(encoded), -1, encoded.shape[-1])
+  hidden = vlm.segmented(
+    model,
+    params,
+    vlm.embed(model, params, rows.token, rows.visual, visual),
+    rows.position,
+    rows.segment,
+  )
+  logprob, entropy = policy.slot_logprobs(
+    model,
+    params,
+    jnp.take_along_axis(hidden, rows.state[:, :, None], axis=1),
+    rows.label,
+    rows.scored,
+    banned if loss_on == "completion" else jnp.zeros_like(banned),
+  )
+  return _mean_loss(logprob, entropy, rows.scored, num_tokens)
+
+
+def _mean_loss(logprob, entropy, mask, num_tokens):
   def mean(value):
-    return masked.masked_mean(value, batch.target.mask, total=num_tokens)
+    return masked.masked_mean(value, mask, total=num_tokens)
 
   loss = -mean(logprob)
   return loss, {"loss": loss, "entropy": mean(entropy)}
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError for settings of `config.sft` that mean nothing."""
+  kinds = get_args(LossOn)
+  if config.sft.loss_on not in kinds:
+    raise ValueError(
+      f"loss_on must be one of {kinds}, got {config.sft.loss_on!r}; change"
+      " config.sft.loss_on"
+    )
+  if config.sft.pack < 0:
+    raise ValueError(
+      f"pack must be 0 or a number of samples, got {config.sft.pack}; change"
+      " config.sft.pack"
+    )
+
+
+def pack(
+  experiment: experiment_lib.Experiment, batch: Targets
+) -> PackedTargets:
+  """Lays this process's samples into as few rows as the mesh can share.
+
+  All processes have equally many.
+  """
+  config = experiment.config.sft
+  rows = packing.lay(
+    batch.view.prompt,
+    batch.view.frame,
+    batch.target,
+    room=config.pack,
+    num_visual=math.prod(experiment.make_views.merged_grid),
+    on_prompt=config.loss_on == "all",
+  )
+  shape, (_, shares) = experiment.mesh.shape, experiment.share
+  step = shape["data"] * shape["fsdp"] * config.micro_batches // shares
+  count = max(processes.exchange(-(-len(rows.token) // step) * step))
+  rows = packing.fill_up(rows, count)
+  return PackedTargets(rows, batch.pixel[rows.sample, rows.frame])
+
+
 def make_sft_step(
   experiment: experiment_lib.Experiment, stage: experiment_lib.Stage
 ):
-  """The jitted update: state (donated), frozen, Targets -> state, metrics."""
+  """The jitted update: state (donated), frozen, batch -> state, metrics.
+
+  The batch is Targets or PackedTargets.
+  """
   banned = jnp.asarray(experiment.banned)
+  config = experiment.config.sft
 
   def loss(params, batch, whole):
-    return sft_loss(
+    packed = isinstance(batch, PackedTargets)
+    return (packed_loss if packed else sft_loss)(
       params,
       batch,
       model=experiment.model,
       grid=experiment.grid,
       banned=banned,
+      loss_on=config.loss_on,
       whole=whole,
     )
 
@@ -84,7 +213,7 @@ def make_sft_step(
     experiment,
     stage,
     loss,
-    micro_batches=experiment.config.sft.micro_batches,
+    micro_batches=config.micro_batches,
   )
 
 
@@ -189,9 +318,11 @@ def apply_gradient(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update; a non-finite gradient leaves the state as it was.
 
+  So does one whose norm overflows: clipping would make it 0 without a word.
   `metrics["nonfinite"]` is 1 where that happened; the loop stops there.
   """
-  finite = optim.all_finite(grad)
+  norm = optax.tree.norm(grad)
+  finite = optim.all_finite(grad) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
 
@@ -202,7 +333,7 @@ def apply_gradient(
     )
 
   metrics = metrics | {
-    "grad_norm": optax.tree.norm(grad),
+    "grad_norm": norm,
     "nonfinite": 1.0 - finite.astype(jnp.float32),
   }
   return state.replace(
@@ -215,7 +346,7 @@ def apply_gradient(
 def cold_start(
   experiment: experiment_lib.Experiment,
   start_params: dict,
-  judge: evaluate.Evaluator,
+  judge: held_out.Evaluator,
   writer: telemetry.MetricWriter,
   store: checkpoint.Checkpoints,
   *,
@@ -239,6 +370,7 @@ def cold_start(
   config = experiment.config.sft
   if not config.max_steps:
     return start_params
+  check(experiment.config)
   stage = experiment_lib.make_stage(experiment, "sft", start_params)
   state, frozen = stage.state, stage.frozen
   fingerprint = optim.fingerprint(frozen)
@@ -261,6 +393,7 @@ def cold_start(
       reasoning=settings.answers.reasoning,
       answer_form=config.answer_form,
       interval_form=settings.answers.interval_form,
+      between=config.between,
     )
 
   if make_target is None:
@@ -271,7 +404,7 @@ def cold_start(
       return wanted(prepared.batch.samples)
 
   sft_step = make_sft_step(experiment, stage)
-  timer = telemetry.PhaseTimer(experiment.peak)
+  timer = telemetry.PhaseTimer(experiment.peak, parts=experiment.share[1])
 
   with (
     experiment_lib.Stream(
@@ -286,6 +419,7 @@ def cold_start(
     telemetry.progress(
       "cold start", config.max_steps, start=first, unit="update"
     ) as bar,
+    experiment.guard.loop("cold start", config.max_steps, start=first),
   ):
     for step in range(first + 1, config.max_steps + 1):
       with timer("data"):
@@ -299,10 +433,26 @@ def cold_start(
           ),
           target=make_target(prepared),
         )
-      with timer("update"):
+        mask, scored = batch.target.mask, 0
+        if config.loss_on == "all":
+          scored = int(np.sum(policy.text_mask(view.prompt)))
+        if config.pack:
+          batch = pack(experiment, batch)
+      # Packed batches differ in their number of rows.
+      with (
+        timer("update"),
+        compiles.warm_up(f"update of {len(batch.pixel)} rows"),
+      ):
         state, metrics = sft_step(state, frozen, experiment.put(batch))
         metrics = jax.device_get(metrics)
-      work.count_update(timer, experiment, stage, prepared, batch.target.mask)
+      if config.pack:
+        metrics |= {
+          "pack/rows": len(batch.pixel),
+          "pack/filled": float(np.mean(batch.rows.segment > 0)),
+        }
+      work.count_update(
+        timer, experiment, stage, prepared, mask, scored_prompt=scored
+      )
       if metrics["nonfinite"]:
         raise FloatingPointError(
           f"cold start: non-finite gradient at update {step}; lower"
@@ -310,6 +460,8 @@ def cold_start(
         )
       timer.step()
       bar.advance(loss=float(metrics["loss"]))
+      with timer.outside():
+        stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
       done = step == config.max_steps
@@ -330,17 +482,28 @@ def cold_start(
         metrics
         | timer.collect()
         | {
-          "data/skipped_total": len(loader_state["skipped"]),
+          "data/skipped_total": len(
+            set(experiment.gather(loader_state["skipped"]))
+          ),
           "recompiles": compiles.recompiles,
         },
       )
-      if done or step % config.checkpoint_every == 0:
+      if done or stop or step % config.checkpoint_every == 0:
         writer.flush()
-        store.save(
-          step,
-          state,
-          {"loader": loader_state, "done": done, "frozen": fingerprint},
-        )
+        with compiles.warm_up("checkpoint"):
+          store.save(
+            step,
+            state,
+            {
+              "loader": experiment.loader_states(loader_state),
+              "done": done,
+              "frozen": fingerprint,
+            },
+            metrics,
+          )
+      if stop:
+        store.wait()
+        raise lifecycle.Stopped(f"{stop} in update {step} of the cold start")
       if done:
         break
   store.wait()

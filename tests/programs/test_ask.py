@@ -4,13 +4,16 @@ The policy is a small random one in a Qwen2.5-VL directory; the video has three
 scenes of one colour each.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import subprocess
 import sys
 
+import cv2
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -89,8 +92,7 @@ def clip(write_video, tmp_path_factory):
   return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames, FPS)
 
 
-@pytest.fixture
-def config(checkpoint, clip):
+def make_config(checkpoint, clip):
   """configs/ask.py for the above, unlocked."""
   config = load_config("configs/ask.py")
   config.update(checkpoint=str(checkpoint), video=str(clip), question=QUESTION)
@@ -102,16 +104,41 @@ def config(checkpoint, clip):
 
 
 @pytest.fixture
-def asked(config, tmp_path, capsys):
+def config(checkpoint, clip):
+  return make_config(checkpoint, clip)
+
+
+def run(config, workdir):
   """What answer.json holds, and what went to standard output and error."""
-  told = ask.run(config.lock(), tmp_path)
-  captured = capsys.readouterr()
-  return told, captured.out, captured.err, tmp_path
+  with (
+    contextlib.redirect_stdout(io.StringIO()) as out,
+    contextlib.redirect_stderr(io.StringIO()) as err,
+  ):
+    told = ask.run(config.lock(), workdir)
+  return told, out.getvalue(), err.getvalue(), workdir
 
 
-def test_the_answer_is_generates(asked, model, params, tokenizer, clip):
+@pytest.fixture(scope="module")
+def asked(checkpoint, clip, tmp_path_factory):
+  """One keyframe to a slice."""
+  workdir = tmp_path_factory.mktemp("asked")
+  return run(make_config(checkpoint, clip), workdir)
+
+
+@pytest.fixture(scope="module")
+def asked_in_pairs(checkpoint, clip, tmp_path_factory):
+  """Two to a slice; the third has one with itself."""
+  config = make_config(checkpoint, clip)
+  config.prompt.frames_per_slice = 2
+  return run(config, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize("per_slice", [1, 2])
+def test_the_answer_is_generates(
+  asked, asked_in_pairs, model, params, tokenizer, clip, per_slice
+):
   """Put together by hand from the file, and sampled in one go."""
-  told, out, *_ = asked
+  told, out, *_ = asked if per_slice == 1 else asked_in_pairs
   numbers = [keyframe["frame"] for keyframe in told["keyframes"]]
   rows, columns = told["frame_px"]
   frames, time_s = video.read_frames(
@@ -121,7 +148,7 @@ def test_the_answer_is_generates(asked, model, params, tokenizer, clip):
     tokenizer,
     QUESTION,
     (),
-    frame_time_s=time_s,
+    frame_time_s=time_s[::per_slice],
     grid=(rows // 28, columns // 28),
     tokens_per_second=2,
     question_template="{question}{options}",
@@ -150,12 +177,13 @@ def test_the_answer_is_generates(asked, model, params, tokenizer, clip):
   rollout = jax.device_get(
     generate(
       Prompt(**prompts.pad_prompts([row], len(row.token))),
-      patches.frames_to_patches(frames)[None],
+      patches.frames_to_patches(frames, pair=per_slice == 2)[None],
       sampling.row_seeds(jax.random.key(0), jnp.array([0])),
     )
   )
   ids = rollout.token[0, 0][rollout.mask[0, 0]].tolist()
   assert told["tokens"]["new"] == len(ids) > 1
+  assert told["tokens"]["visual"] == (18 if per_slice == 1 else 12)
   assert told["ended"] == (ids[-1] in ends) == bool(rollout.finished)
   text = tokenizer.decode(i for i in ids if i not in ends)
   assert told["answer"] == text
@@ -174,7 +202,7 @@ def test_what_was_seen_and_what_it_cost(asked, tokenizer):
   # 64 x 96 px are 2.29 x 3.43 visual tokens, rounded 2 x 3.
   assert told["frame_px"] == [56, 84]
   tokens = told["tokens"]
-  assert (tokens["visual"], tokens["visual_per_frame"]) == (18, 6)
+  assert (tokens["visual"], tokens["visual_per_slice"]) == (18, 6)
   assert tokens["prompt"] == tokens["visual"] + tokens["text"]
   assert tokens["slots"] % 64 == 0
   assert 0 <= tokens["slots"] - tokens["prompt"] < 64
@@ -186,7 +214,7 @@ def test_what_was_seen_and_what_it_cost(asked, tokenizer):
   assert told["settings"]["resize"] == "bicubic"  # what None stood for
   picture = matplotlib.image.imread(workdir / "keyframes.png")
   assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.1
-  for said in ("18 visual (6 per frame)", f"{times[1]:.2f}", "key/value cache"):
+  for said in ("18 visual (6 per slice)", f"{times[1]:.2f}", "key/value cache"):
     assert said in err
 
 
@@ -309,7 +337,12 @@ def test_a_run_is_asked_as_it_was_trained(config, model, tmp_path):
   trained = dict(
     tad={"num_keyframes": 5},
     data={"reader": {"size_px": [56, 28], "resize": "area"}},
-    prompt={"build": build},
+    prompt={
+      "build": build,
+      "frames_per_slice": 2,
+      "number_frames": True,
+      "templates": {"multiple_choice": "Choose: {question}{options}"},
+    },
   )
   telemetry.write_json(tmp_path / "manifest.json", {"config": trained})
   config.checkpoint = str(tmp_path)
@@ -325,6 +358,30 @@ def test_a_run_is_asked_as_it_was_trained(config, model, tmp_path):
     time_format="at {}",  # the user's own
     question_template="{question}",
     system=None,
+  )
+  assert settled.prompt.frames_per_slice == 2 and settled.prompt.number_frames
+  config.options = ("red", "blue")
+  template = ask.settle(config, model).prompt.build.question_template
+  assert template == "Choose: {question}{options}"
+
+
+def test_a_picture(config, model, tokenizer, tmp_path):
+  """A prompt with one image in it, as transformers words it."""
+  picture = np.zeros((64, 96, 3), np.uint8)
+  picture[:, 48:, 2] = 200  # the right half is blue
+  path = tmp_path / "picture.png"
+  cv2.imwrite(str(path), picture[..., ::-1])
+  config.video = str(path)
+  config.num_keyframes = None
+  settled = ask.settle(config, model)
+  seen = ask.look(settled, 28)
+  assert seen.frames.shape == (1, 56, 84, 3) and seen.time_s.tolist() == [0]
+  assert seen.frames[0, :, 60:, 2].min() > 150 > 50 > seen.frames[..., 0].max()
+  prompt, cost = ask.word(settled, model, tokenizer, seen)
+  assert cost["visual"] == cost["visual_per_slice"] == 6
+  text = tokenizer.decode(prompt.token[prompt.mask])
+  assert (
+    f"<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>{QUESTION}" in text
   )
 
 
@@ -396,6 +453,7 @@ def test_a_video_shorter_than_the_keyframes(config, model, tokenizer):
     ("sampling.max_tokens", 500, r"\(18 of them visual\) .* made for 512"),
     ("tad.shown", "best", "shown='best'"),
     ("resize", "nearest", "got 'nearest'"),
+    ("prompt.frames_per_slice", 3, "must be 1 or the 2 frames .* got 3"),
   ],
 )
 def test_what_a_user_gets_wrong(config, tmp_path, setting, value, said):
