@@ -3,7 +3,8 @@
   python -m launch.sweep --config=configs/contrasts.py --out=runs/contrasts
   python -m benchmarks.contrasts --runs=runs/contrasts --plots=docs/images
 
-Reads what is there: seeds with all arms count, the others are named.
+Reads what is there: seeds with all arms count, the others are named. The
+table of frames and methods, which is descriptive, takes the seeds it finds.
 """
 
 import argparse
@@ -38,32 +39,116 @@ SHOWN = {
   "tad_kfgrpo": "KF-GRPO",
 }
 VIEWS = ("keyframes", "shuffled", "reversed", "blind")
+# Rows and columns of the descriptive table; "sft" is the cold start, looked at
+# through these frames.
+FRAMES = ("uniform", "tad", "learned")
+METHODS = ("sft", "grpo", "tgrpo", "kfgrpo")
+_COLD = {"uniform": "uniform", "tad": "keyframes"}
 
-# (view, task) -> accuracy, of one run after reinforcement.
+# (view, task) -> accuracy of the policy that a run ends with.
 Run = Mapping[tuple[str, str], float]
 
 
 def read(folder: pathlib.Path) -> Run:
-  """The accuracies of a finished run."""
+  """The accuracies of a finished run's last policy."""
   results = json.loads((folder / "results.json").read_text("utf-8"))
+  rows = results["evaluations"]
+  last = rows[-1]["stage"]
   return {
     (row["view"], row["task"]): row["accuracy"]
-    for row in results["evaluations"]
-    if row["stage"] == "rl"
+    for row in rows
+    if row["stage"] == last
   }
 
 
-def outcome(run: Run) -> float:
-  """Accuracy under the keyframes view, mean over tasks."""
+def outcome(run: Run, view: str = "keyframes") -> float:
+  """Accuracy under a view, mean over tasks."""
   return float(
     np.mean(
       [
         value
-        for (view, task), value in run.items()
-        if view == "keyframes" and task != "all"
+        for (seen, task), value in run.items()
+        if seen == view and task != "all"
       ]
     )
   )
+
+
+def cells(
+  seeds: Mapping[str, Mapping[str, Run]],
+) -> dict[str, dict[str, float]]:
+  """Frames and method -> seed -> accuracy, of what there is.
+
+  Args:
+    seeds: name -> arm -> Run, "cold_start" among the arms.
+  """
+  made: dict[str, dict[str, float]] = {}
+  for name, runs in seeds.items():
+    for frames in FRAMES:
+      for method in METHODS:
+        arm, view = f"{frames}_{method}", "keyframes"
+        if method == "sft":
+          arm, view = "cold_start", _COLD.get(frames)
+        if arm in runs and view:
+          key = f"{frames} {method}"
+          made.setdefault(key, {})[name] = outcome(runs[arm], view)
+  return made
+
+
+def describe(found: Mapping[str, Mapping[str, float]]) -> str:
+  """Markdown of `cells`, %: mean, and how far seeds lie apart (ddof 1)."""
+  lines = [
+    "| frames | " + " | ".join(METHODS) + " |",
+    "|---|" + "---|" * len(METHODS),
+  ]
+  for frames in FRAMES:
+    shown = []
+    for method in METHODS:
+      each = [100 * v for v in found.get(f"{frames} {method}", {}).values()]
+      spread = f" (sd {np.std(each, ddof=1):.1f})" if len(each) > 1 else ""
+      shown.append(
+        f"{np.mean(each):.1f}{spread}, n={len(each)}" if each else ""
+      )
+    lines.append(f"| {frames} | " + " | ".join(shown) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def curve(folder: pathlib.Path, key: str) -> list[float]:
+  """A metric of every update of reinforcement."""
+  with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+  return [row[key] for row in rows if row["stage"] == "rl" and key in row]
+
+
+def draw_curves(
+  curves: Mapping[str, Sequence[Sequence[float]]],
+  path: pathlib.Path,
+  *,
+  window: int = 10,
+) -> None:
+  """Accuracy of sampled answers over updates: each seed thin, the mean thick.
+
+  Args:
+    curves: arm -> one curve a seed, equally long.
+    path: of the picture.
+    window: updates of the moving mean.
+  """
+  figure, panel = plt.subplots(figsize=(7, 4))
+  kernel = np.ones(window) / window
+  for number, (arm, each) in enumerate(curves.items()):
+    smooth = [100 * np.convolve(one, kernel, "valid") for one in each]
+    update = np.arange(len(smooth[0])) + window
+    for line in smooth:
+      panel.plot(update, line, color=f"C{number}", alpha=0.2, linewidth=0.8)
+    panel.plot(update, np.mean(smooth, axis=0), color=f"C{number}", label=arm)
+  panel.set_xlabel("update")
+  panel.set_ylabel(f"right, % (mean of {window} updates)")
+  panel.legend(fontsize=8)
+  panel.grid(alpha=0.3)
+  figure.tight_layout()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
 
 
 def contrasts(seeds: Sequence[Mapping[str, Run]]) -> dict[str, dict]:
@@ -130,26 +215,43 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
   args = parser.parse_args()
-  seeds = []
+  seeds, whole = {}, []
   for folder in sorted(args.runs.glob("seed_*")):
-    missing = [
-      arm for arm in ARMS if not (folder / arm / "results.json").is_file()
-    ]
+    seeds[folder.name] = {
+      run.parent.name: read(run.parent)
+      for run in sorted(folder.glob("*/results.json"))
+    }
+    missing = [arm for arm in ARMS if arm not in seeds[folder.name]]
     if missing:
       print(f"{folder.name} is left out: no results of {', '.join(missing)}")
-      continue
-    seeds.append({arm: read(folder / arm) for arm in ARMS})
-  if len(seeds) < 2:
+    else:
+      whole.append(folder.name)
+  if len(whole) < 2:
     parser.error(
-      f"{args.runs} has {len(seeds)} whole seeds, expected 2 or more"
+      f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
-  found = contrasts(seeds)
+  compared = [seeds[name] for name in whole]
+  found, described = contrasts(compared), cells(seeds)
   print(table(found))
+  print(describe(described))
   if args.out:
+    made = {"seeds": whole, "contrasts": found, "cells": described}
+    made["views"] = {
+      arm: {
+        f"{view} {task}": [run[arm][view, task] for run in compared]
+        for view, task in compared[0][arm]
+      }
+      for arm in ARMS
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    args.out.write_text(json.dumps(made, indent=1) + "\n")
   if args.plots:
-    draw(seeds, args.plots / "contrasts_order.png", task="order_two")
+    draw(compared, args.plots / "contrasts_order.png", task="order_two")
+    curves = {
+      arm: [curve(args.runs / name / arm, "reward/correct") for name in whole]
+      for arm in ARMS
+    }
+    draw_curves(curves, args.plots / "contrasts_curves.png")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from PIL import Image
 
 from benchmarks import peers
 from cf_jax import descriptor, selectors, tad
-from cf_jax.data import video
+from cf_jax.data import frame_size, video
 from cf_jax.evals import keyframes
 
 _OUT = flags.DEFINE_string("out", "runs/keyframe_quality", "results go there")
@@ -1042,7 +1042,7 @@ def tune(seen: Sequence[Seen], settings: dict[str, Any]) -> dict[str, float]:
       )
       for n, frames in zip(rows, np.asarray(index)):
         real = frames[frames < seen[n].num_frames]
-        spread = video.spread(seen[n].num_frames, budget)
+        spread = frame_size.spread(seen[n].num_frames, budget)
         shown[n], even[n] = judge(seen[n], real), judge(seen[n], spread)
     for what in ("seen", "clean"):
       made[f"K = {column}, {what}"] = statistics.mean(

@@ -56,6 +56,7 @@ def table(runs: list[dict]) -> str:
   for name, goal, high, low in train.GAPS:
     gaps = [a[high]["accuracy"] - a[low]["accuracy"] for a in at]
     each = ", ".join(f"{100 * gap:.1f}" for gap in gaps)
+    name = name.format(method="KF-GRPO", select="TAD")
     lines.append(f"| {name} | {show(gaps)} | ≥ {goal:g} | {each} |")
   lines += [
     "",
@@ -96,7 +97,7 @@ def main() -> None:
   runs = []
   for seed in range(args.seeds):
     workdir = out / f"seed_{seed}"
-    if not (workdir / "report.html").exists():
+    if not (workdir / "results.json").exists():
       command = [
         sys.executable,
         "-m",

@@ -21,7 +21,7 @@ process of its own, chunk by chunk, for one hour and for ten.
 
 `--tpu_aot` compiles for a TPU that need not be there (it needs libtpu) and
 prints how many bytes of its main memory the program moves, over those of the
-videos (`benchmarks.hlo_traffic`).
+videos (`cf_jax.runtime.hlo`).
 """
 
 import concurrent.futures
@@ -41,9 +41,10 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from benchmarks import hlo_traffic, peers
+from benchmarks import peers
 from cf_jax import descriptor, tad
 from cf_jax.data import video
+from cf_jax.runtime import hlo
 
 _OUT = flags.DEFINE_string("out", "", "results as JSON, read if it is there")
 _PLOT = flags.DEFINE_string("plot", "", "write the growth as a PNG file")
@@ -439,7 +440,7 @@ def tpu_traffic(
   one = functools.partial(function, **VARIANTS[name], **more)
   program = jax.jit(jax.vmap(one)).trace(frame)
   program = program.lower(lowering_platforms=("tpu",)).compile()
-  traffic = hlo_traffic.count(program.as_text())
+  traffic = hlo.count(program.as_text())
   return {
     "read": traffic.read / size,
     "written": traffic.written / size,

@@ -2,9 +2,13 @@
 
 Flags, `jax.distributed`, and the program that the config names; everything
 else is a library, so that tests and notebooks call the programs themselves.
+
+Exit codes: 0 done, 2 something that the user can put right (one sentence), 75
+stopped on request with everything saved, 130 interrupted.
 """
 
 import difflib
+import errno
 import importlib
 import os
 import pathlib
@@ -15,7 +19,21 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-PROGRAMS = ("train", "ask", "export", "keyframes", "select_data", "amplify")
+PROGRAMS = (
+  "train",
+  "ask",
+  "export",
+  "export_stablehlo",
+  "keyframes",
+  "select_data",
+  "amplify",
+  "evaluate",
+  "compare",
+  "plan",
+  "check_data",
+  "score",
+  "cache_frames",
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -101,15 +119,70 @@ def run(argv: list[str]) -> None:
     )
   import jax  # after flags, so that a misspelt key answers at once
 
+  from cf_jax.runtime import lifecycle, processes
+
   if config.distributed:
-    jax.distributed.initialize()
+    processes.start()
   if config.compilation_cache_dir:
     jax.config.update(
       "jax_compilation_cache_dir",
       os.path.abspath(os.path.expanduser(config.compilation_cache_dir)),
     )
   program = importlib.import_module(f"cf_jax.programs.{config.program}")
-  program.run(config, workdir)
+
+  try:
+    program.run(config, workdir)
+  except lifecycle.Stopped as stopped:
+    print(
+      f"stopped: {stopped}; all is saved, the same command goes on from there",
+      file=sys.stderr,
+    )
+    sys.exit(lifecycle.EXIT_STOPPED)
+  except Exception as error:
+    if processes.count() > 1:  # others may be waiting for this one
+      leave_together(error)
+    raise
+
+
+def leave_together(error: Exception) -> None:
+  """Ends all processes of a run in which one met an error; does not return."""
+  from cf_jax.runtime import processes
+
+  if processes.is_lost(error):
+    first = str(error).strip().partition("\n")[0]
+    processes.leave(
+      f"another process of this run is gone ({first[:200]}). Start all of them"
+      " again with the same command: the run goes on from its newest"
+      " checkpoint",
+      processes.EXIT_PEER,
+    )
+  if not isinstance(error, ValueError | FloatingPointError | OSError):
+    logging.error("this process failed", exc_info=True)
+  processes.leave(explain_error(error), 2)
+
+
+# errno -> what is the matter, and what to do.
+_TROUBLES = {
+  errno.ENOSPC: "the disk is full: make room",
+  errno.EDQUOT: "the quota is used up: make room",
+  errno.EFBIG: "a file may not grow so large here: raise the limit (ulimit -f)",
+  errno.EROFS: "it can only be read there: name another place",
+  errno.EACCES: "permission is missing: change it, or name another place",
+  errno.EPERM: "permission is missing: change it, or name another place",
+  errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+}
+
+
+def explain_error(error: Exception) -> str:
+  """One sentence for what a program raised."""
+  trouble = _TROUBLES.get(getattr(error, "errno", None))
+  if trouble is None:
+    return str(error)
+  name = str(error.filename or "a file")
+  return (
+    f"{name}: {trouble}. What was saved before is whole, and the same command"
+    f" goes on from there ({error.strerror})"
+  )
 
 
 def _own_or_warning(record) -> bool:
@@ -126,7 +199,7 @@ def main() -> None:
     app.run(run, flags_parser=_parse)
   except (ValueError, FloatingPointError, OSError) as error:
     logging.debug("traceback", exc_info=True)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {explain_error(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

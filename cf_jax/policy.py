@@ -19,7 +19,7 @@ from cf_jax import grpo, vocabulary
 from cf_jax.data import patches
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
-from cf_jax.types import Rollout, View
+from cf_jax.types import Prompt, Rollout, View
 
 
 def encode_frames(
@@ -118,7 +118,7 @@ def completion_logprobs(
   visual = show(encoded, view.frame)
   prompt = view.prompt
   embedded = vlm.embed(config, params, prompt.token, prompt.visual, visual)
-  hidden = vlm.packed(
+  _, hidden = vlm.packed(
     config,
     params,
     embedded,
@@ -127,20 +127,96 @@ def completion_logprobs(
     rollout.token,
     rollout.mask,
   )
+  return slot_logprobs(
+    config, params, hidden, rollout.token, rollout.mask, banned
+  )
+
+
+def sequence_logprobs(
+  config: model_config.VLMConfig,
+  params: dict,
+  view: View,
+  encoded: jax.Array,
+  rollout: Rollout,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """What `completion_logprobs` gives, for the prompts' text too.
+
+  The softmax is over the whole vocabulary: prompts have tokens that no policy
+  samples.
+
+  Args:
+    config: the model's shape.
+    params: the policy's parameters.
+    view: View of B videos.
+    encoded: float[B, N, P, D] from `encode_frames`.
+    rollout: Rollout whose tokens are scored.
+
+  Returns:
+    Log-probabilities and entropies (nats) of the prompts' tokens, float32[B, S]
+    each, 0 where `text_mask` is False; and of the completions', float32[B, G,
+    C] each.
+  """
+  prompt = view.prompt
+  visual = show(encoded, view.frame)
+  prompt_hidden, hidden = vlm.packed(
+    config,
+    params,
+    vlm.embed(config, params, prompt.token, prompt.visual, visual),
+    prompt.position,
+    prompt.mask,
+    rollout.token,
+    rollout.mask,
+  )
+  none = jnp.zeros(config.vocab_size, bool)
+  # Slot s is predicted by the state before it.
+  of_prompt = slot_logprobs(
+    config,
+    params,
+    jnp.roll(prompt_hidden, 1, axis=1),
+    prompt.token,
+    text_mask(prompt),
+    none,
+  )
+  return of_prompt, slot_logprobs(
+    config, params, hidden, rollout.token, rollout.mask, none
+  )
+
+
+def text_mask(prompt: Prompt) -> jax.Array:
+  """bool[B, S] the slots that can be predicted: no pictures, no first slot."""
+  later = jnp.arange(prompt.token.shape[1]) > 0
+  return prompt.mask & (prompt.visual < 0) & later
+
+
+def slot_logprobs(
+  config: model_config.VLMConfig,
+  params: dict,
+  hidden: jax.Array,
+  token: jax.Array,
+  mask: jax.Array,
+  banned: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities and entropies (nats) of tokens, float32[...] each.
+
+  Args:
+    config: the model's shape.
+    params: parameters of the head.
+    hidden: float[..., D] states that predict the tokens.
+    token: int32[...].
+    mask: bool[...]; both are 0 where it is False.
+    banned: bool[V] ids left out of the softmax.
+  """
   with jax.named_scope("vocabulary"):
     if 0 < config.vocab_chunk < config.vocab_size:
       logprob, entropy = vocabulary.token_logprobs(
         hidden,
         vlm.head(config, params),
-        rollout.token,
+        token,
         banned,
         chunk=config.vocab_chunk,
       )
     else:
       logits = vlm.logits(config, params, hidden)
-      logprob, entropy = grpo.token_logprobs(logits, rollout.token, banned)
+      logprob, entropy = grpo.token_logprobs(logits, token, banned)
   zero = jnp.zeros_like(logprob)
-  return (
-    jnp.where(rollout.mask, logprob, zero),
-    jnp.where(rollout.mask, entropy, zero),
-  )
+  return jnp.where(mask, logprob, zero), jnp.where(mask, entropy, zero)

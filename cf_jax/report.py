@@ -30,6 +30,7 @@ import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
 
+from cf_jax import disk
 from cf_jax.runtime import telemetry
 
 REPORT_FILE = "report.html"
@@ -67,11 +68,17 @@ _STYLE = {
 
 _STRIP_COLUMNS = 8  # keyframes side by side; more go into further rows
 
-_STAGES = {"sft": "cold start", "rl": "KF-GRPO"}
+# What pays a rollout besides its rewards -> what that is called.
+_METHODS = {
+  "rollout": "KF-GRPO",
+  "threshold": "T-GRPO",
+  "margin": "GRPO with a margin bonus",
+  "none": "GRPO",
+}
 _BESIDE = {"video": "video (read ahead, beside the rest)"}
 _UNITS = {"video": "frames"}  # of the others: tokens
 _VIEWS = {
-  "keyframes": "TAD keyframes",
+  "keyframes": "{select} keyframes",
   "tad": "TAD keyframes",
   "uniform": "uniform frames",
   "shuffled": "keyframes, shuffled",
@@ -81,17 +88,18 @@ _VIEWS = {
   "blind": "no frames",
 }
 
-# One panel each: title, axis label, (stage, pattern of the metric's name, what
-# the series is called; \1 is the pattern's group) and whether it is a share.
+# One panel each: title, axis label, whether it is a share, and (stage, pattern
+# of the metric's name, what the series is called; \1 is the pattern's group,
+# {stage} the stage's name).
 _PANELS = (
   (
     "Accuracy",
     "right answers (%)",
     True,
     (
-      ("sft", r"dev_accuracy|accuracy/dev", "cold start, greedy on dev"),
-      ("rl", r"dev_accuracy|accuracy/dev", "KF-GRPO, greedy on dev"),
-      ("rl", r"reward/accuracy", "KF-GRPO, sampled in training"),
+      ("sft", r"dev_accuracy|accuracy/dev", "{stage}, greedy on dev"),
+      ("rl", r"dev_accuracy|accuracy/dev", "{stage}, greedy on dev"),
+      ("rl", r"reward/accuracy", "{stage}, sampled in training"),
     ),
   ),
   (
@@ -140,6 +148,33 @@ _PANELS = (
 )
 
 
+def method_name(config: Mapping[str, Any]) -> str:
+  """What the stage after the cold start is: "KF-GRPO", "T-GRPO", "GRPO", ...
+
+  Args:
+    config: of a run, or what its manifest has of it.
+  """
+  if not {"contrast", "rl"} <= set(config):
+    return "reinforcement"
+  selector = config.get("selector", {})
+  if selector.get("learn") and not selector.get("train_policy"):
+    return "TSPO"
+  name = _METHODS.get(config["contrast"].get("kind"), "reinforcement")
+  if config["rl"].get("advantage") == "reinforce":
+    name = "REINFORCE++" if name == "GRPO" else f"{name} by REINFORCE++"
+  if config["contrast"].get("placebo", "none") != "none":
+    name += " (placebo)"
+  if selector.get("learn"):
+    name += " and a learned selection"
+  return name
+
+
+def selector_name(config: Mapping[str, Any]) -> str:
+  """What a run's keyframes were chosen by: "TAD", "uniform", ..."""
+  name = config.get("scan", {}).get("select", "tad")
+  return "TAD" if name == "tad" else name
+
+
 # ---------------------------------------------------------------- film strip
 
 
@@ -154,6 +189,7 @@ def film_strip(
   time_s: np.ndarray,
   apex: np.ndarray,
   events: Sequence[tuple[float, float, str]] = (),
+  label: str = "TAD",
   score_name: str = "variation score",
   about: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
@@ -171,6 +207,7 @@ def film_strip(
     time_s: float[T] times of the scanned frames in seconds.
     apex: bool[T] inflections.
     events: (start_s, end_s, label) of what really happened, if known.
+    label: what chose the keyframes.
     score_name: label of the curve's axis.
     about: question, options, answer, caption, ...: kept as JSON beside the PNG
       and shown by the page.
@@ -217,20 +254,19 @@ def film_strip(
       _GREY,
     )
     shown = _frame_row(
-      figure, rows[2], columns, tad_frames, tad_s, events, "TAD", _BLUE
+      figure, rows[2], columns, tad_frames, tad_s, events, label, _BLUE
     )
     lower = matplotlib.gridspec.GridSpecFromSubplotSpec(
       2, 1, rows[3], height_ratios=[0.4, 1.95], hspace=0
     )
     axes = figure.add_subplot(lower[1])
     marks = [
-      ("TAD keyframe", tad_s, _BLUE),
+      (f"{label} keyframe", tad_s, _BLUE),
       ("uniform frame", uniform_s, _GREY),
     ]
     _curve(axes, score, time_s, apex, events, marks, score_name)
     _connect(shown, axes, tad_s)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    disk.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
   if about is not None:
     telemetry.write_json(path.with_suffix(".json"), about)
   return path
@@ -313,8 +349,7 @@ def keyframe_strip(
     _curve(axes, score, time_s, apex, (), marks, score_name)
     if lines == 1:  # lines would cross the pictures of further rows
       _connect(shown, axes, frame_s)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    disk.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
   return path
 
 
@@ -375,8 +410,7 @@ def histograms(
       axes.set_ylabel(count_label)
       axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
       axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    disk.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
   return path
 
 
@@ -537,15 +571,19 @@ def write_report(
   strips = sorted((workdir / STRIPS_FOLDER).glob("*.png"))
   if not (metrics or rollouts or results or manifest or strips):
     raise ValueError(f"{workdir} holds no run to report on; change --workdir")
-  name = manifest.get("config", {}).get("name") or workdir.resolve().name
+  config = manifest.get("config", {})
+  name = config.get("name") or workdir.resolve().name
+  select = selector_name(config)
+  names = {"sft": "cold start", "rl": method_name(config)}
+  names |= {view: said.format(select=select) for view, said in _VIEWS.items()}
   with matplotlib.rc_context(_STYLE):
     sections = [
-      ("Training", _training(metrics)),
-      ("Accuracy on held-out videos", _accuracy(results)),
+      ("Training", _training(metrics, names)),
+      ("Accuracy on held-out videos", _accuracy(results, names)),
       ("What the policy saw", _strips(strips)),
       ("Shortcuts", _probes(results.get("probes", {}))),
-      ("Rollouts", _rollouts(rollouts, num_rollouts)),
-      ("Where the time goes", _times(metrics, results, manifest)),
+      ("Rollouts", _rollouts(rollouts, num_rollouts, names)),
+      ("Where the time goes", _times(metrics, results, manifest, names)),
       ("Settings", _settings(manifest)),
     ]
   body = "".join(
@@ -553,15 +591,8 @@ def write_report(
     for title, content in sections
     if content
   )
-  page = _PAGE.format(
-    title=_text(name),
-    style=_CSS,
-    head=_head(name, results, manifest),
-    body=body,
-  )
-  path = workdir / REPORT_FILE
-  telemetry.write_text(path, page)
-  return path
+  head = _head(name, results, manifest)
+  return write_page(workdir / REPORT_FILE, name, head, body)
 
 
 def keyframe_page(
@@ -592,29 +623,25 @@ def keyframe_page(
     ("", name, _one_video(name, row)) for name, row in records.items()
   ]
   if failed:
-    rows = [[_text(cell) for cell in row] for row in failed.items()]
-    table = _table(["video", "what went wrong"], rows)
+    rows = [[escape(cell) for cell in row] for row in failed.items()]
+    table = html_table(["video", "what went wrong"], rows)
     sections.insert(0, ("left", "Failed", table))
   rows = [
-    [f"<code>{_text(cell)}</code>" for cell in row]
+    [f"<code>{escape(cell)}</code>" for cell in row]
     for row in _leaves(dict(settings))
   ]
-  sections.append(("left", "Settings", _table(["setting", "value"], rows)))
+  sections.append(("left", "Settings", html_table(["setting", "value"], rows)))
   body = "".join(
-    f'<section class="{kind}"><h2>{_text(heading)}</h2>{content}</section>'
+    f'<section class="{kind}"><h2>{escape(heading)}</h2>{content}</section>'
     for kind, heading, content in sections
   )
   count = sum(len(record["keyframes"]) for record in records.values())
   videos = "video" if len(records) == 1 else "videos"
-  page = _PAGE.format(
-    title=_text(title),
-    style=_CSS,
-    head=f"<h1>{_text(title)}</h1><p class='quiet'>{count} keyframes of"
-    f" {len(records)} {videos}</p>",
-    body=body,
+  head = (
+    f"<h1>{escape(title)}</h1><p class='quiet'>{count} keyframes of"
+    f" {len(records)} {videos}</p>"
   )
-  telemetry.write_text(path, page)
-  return path
+  return write_page(path, title, head, body)
 
 
 def _one_video(name: str, record: dict) -> str:
@@ -631,13 +658,13 @@ def _one_video(name: str, record: dict) -> str:
     "apexes": len(record["apexes"]),
   }
   caption = "".join(
-    f"<span><b>{_text(key)}</b> {_text(value)}</span>"
+    f"<span><b>{escape(key)}</b> {escape(value)}</span>"
     for key, value in facts.items()
   )
   problem = about["problem"]
 
   def link(file: str) -> str:
-    return _text(urllib.parse.quote(f"{name}/{file}"))
+    return escape(urllib.parse.quote(f"{name}/{file}"))
 
   strip = link(record["film_strip"])
   rows = [
@@ -652,11 +679,11 @@ def _one_video(name: str, record: dict) -> str:
     for row in record["keyframes"]
   ]
   head = ("keyframe", "time (s)", "segment (s)", "opened by the apex at (s)")
-  table = _table([*head, "score", "saliency"], rows)
+  table = html_table([*head, "score", "saliency"], rows)
   return (
-    (f'<p class="bad">{_text(problem)}</p>' if problem else "")
+    (f'<p class="bad">{escape(problem)}</p>' if problem else "")
     + f'<figure><a href="{strip}"><img loading="lazy" src="{strip}"'
-    f' alt="Keyframes of {_text(name)} over the score curve"></a>'
+    f' alt="Keyframes of {escape(name)} over the score curve"></a>'
     f"<figcaption>{caption}</figcaption></figure>"
     f"<details><summary>Keyframes</summary>{table}</details>"
   )
@@ -705,7 +732,7 @@ def amplify_page(
     for task in tasks:
       shown = [row for row in rows if row["task"] == task]
       panels.append(
-        _panel(
+        svg_panel(
           f"{task} over the stages",
           lambda axes, s=shown, t=task: draw(axes, s, t),
           height=3.2,
@@ -713,15 +740,15 @@ def amplify_page(
       )
   cells = []
   for row in rows:
-    stage = _text(row["after"])
+    stage = escape(row["after"])
     pair = (row["accuracy/chosen"], row["accuracy/uniform"])
     found = [each["accuracy"] for each in pair]
     found += [row["lists/hit"], row["lists/readable"]]
     linked = f'<a href="{stage}/{REPORT_FILE}">{stage}</a>'
     if not (path.parent / row["after"] / REPORT_FILE).exists():
       linked = stage
-    cells.append([linked, _text(row["task"]), *map(_percent, found)])
-  table = _table(
+    cells.append([linked, escape(row["task"]), *map(percent, found)])
+  table = html_table(
     [
       "after",
       "task",
@@ -739,15 +766,19 @@ def amplify_page(
     " frame of the evidence.</p>"
     f'<div class="grid">{"".join(panels)}</div>{table}</section>'
   )
-  telemetry.write_text(
-    path,
-    _PAGE.format(
-      title=_text(title),
-      style=_CSS,
-      head=f"<h1>{_text(title)}</h1>",
-      body=body,
-    ),
-  )
+  return write_page(path, title, f"<h1>{escape(title)}</h1>", body)
+
+
+# What pages are made of; other modules make theirs of it too ----------------
+
+
+def write_page(
+  path: str | os.PathLike, title: str, head: str, body: str
+) -> pathlib.Path:
+  """A whole page; `head` and `body` are HTML."""
+  path = pathlib.Path(path)
+  page = _PAGE.format(title=escape(title), style=_CSS, head=head, body=body)
+  disk.write_text(path, page)
   return path
 
 
@@ -755,11 +786,13 @@ def _read_json(path: pathlib.Path) -> dict:
   return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def _text(value: Any) -> str:
+def escape(value: Any) -> str:
+  """Text as HTML that shows it."""
   return html.escape(str(value), quote=True)
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None, digits: int = 1) -> str:
+  """`0.123` as `12.3 %`, nothing as a dash."""
   return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
@@ -769,11 +802,12 @@ def _number(value: Any) -> str:
   return str(value)
 
 
-def _data_uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
+  """A file as an address, so that a page needs none beside it."""
   return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   """Cells are HTML already; the first column is text, the rest numbers."""
   top = "".join(f"<th>{cell}</th>" for cell in head)
   lines = "".join(
@@ -786,7 +820,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   )
 
 
-def _panel(
+def svg_panel(
   alt: str,
   draw: Callable[[matplotlib.axes.Axes], None],
   *,
@@ -794,15 +828,16 @@ def _panel(
   height: float = 2.7,
 ) -> str:
   """One small figure as an image tag; panels stack on a narrow screen."""
-  figure = matplotlib.figure.Figure(
-    figsize=(width, height), layout="constrained"
-  )
-  matplotlib.backends.backend_svg.FigureCanvasSVG(figure)
-  draw(figure.add_subplot())
   memory = io.BytesIO()
-  figure.savefig(memory, format="svg", metadata={"Date": None})
-  uri = _data_uri(memory.getvalue(), "image/svg+xml")
-  return f'<img alt="{_text(alt)}" src="{uri}">'
+  with matplotlib.rc_context(_STYLE):
+    figure = matplotlib.figure.Figure(
+      figsize=(width, height), layout="constrained"
+    )
+    matplotlib.backends.backend_svg.FigureCanvasSVG(figure)
+    draw(figure.add_subplot())
+    figure.savefig(memory, format="svg", metadata={"Date": None})
+  uri = data_uri(memory.getvalue(), "image/svg+xml")
+  return f'<img alt="{escape(alt)}" src="{uri}">'
 
 
 def _head(name: str, results: dict, manifest: dict) -> str:
@@ -820,13 +855,13 @@ def _head(name: str, results: dict, manifest: dict) -> str:
     about.append(now.isoformat(" ", "minutes").replace("+00:00", " UTC"))
   tiles = "".join(
     f'<div class="tile {"met" if goal["met"] else "missed"}">'
-    f"<b>{goal['value']:+.1f}</b><span>points, {_text(goal['name'])}</span>"
+    f"<b>{goal['value']:+.1f}</b><span>points, {escape(goal['name'])}</span>"
     f"<i>{'goal met' if goal['met'] else 'goal missed'}:"
     f" at least {goal['goal']:+g}</i></div>"
     for goal in results.get("goals", [])
   )
   return (
-    f"<h1>{_text(name)}</h1><p class='quiet'>{_text(' · '.join(about))}</p>"
+    f"<h1>{escape(name)}</h1><p class='quiet'>{escape(' · '.join(about))}</p>"
     + (f'<div class="tiles">{tiles}</div>' if tiles else "")
   )
 
@@ -834,7 +869,7 @@ def _head(name: str, results: dict, manifest: dict) -> str:
 # ------------------------------------------------------------------ sections
 
 
-def _training(metrics: list[dict]) -> str:
+def _training(metrics: list[dict], names: dict[str, str]) -> str:
   if not metrics:
     return ""
   stages = list(dict.fromkeys(row["stage"] for row in metrics))
@@ -844,13 +879,13 @@ def _training(metrics: list[dict]) -> str:
     updates += max(row["step"] for row in metrics if row["stage"] == stage)
   panels = []
   for title, label, share, sources in _PANELS:
-    series = _series(metrics, sources)
+    series = _series(metrics, sources, names)
     if series:
       panels.append(
-        _panel(
+        svg_panel(
           f"{title} over the updates",
           lambda axes, s=series, t=title, y=label, p=share: _curves(
-            axes, s, offset, title=t, label=y, share=p
+            axes, s, offset, names, title=t, label=y, share=p
           ),
         )
       )
@@ -861,7 +896,9 @@ def _training(metrics: list[dict]) -> str:
 
 
 def _series(
-  metrics: list[dict], sources: Sequence[tuple[str, str, str]]
+  metrics: list[dict],
+  sources: Sequence[tuple[str, str, str]],
+  names: dict[str, str],
 ) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
   """(label, stage, step[n], value[n]) of every metric a panel shows."""
   found = []
@@ -876,11 +913,12 @@ def _series(
       ]
       if match and points:
         step, value = np.asarray(points, dtype=float).T
-        found.append((match.expand(label), stage, step, value))
+        label_of = label.replace("{stage}", names.get(stage, stage))
+        found.append((match.expand(label_of), stage, step, value))
   return found[: len(_SERIES)]
 
 
-def _curves(axes, series, offset, *, title, label, share) -> None:
+def _curves(axes, series, offset, names, *, title, label, share) -> None:
   used = {stage for _, stage, _, _ in series}
   start = min(offset[stage] for stage in used)
   for color, (name, stage, step, value) in zip(_SERIES, series, strict=False):
@@ -901,7 +939,7 @@ def _curves(axes, series, offset, *, title, label, share) -> None:
         linestyle=(0, (2, 2)),
       )
       axes.annotate(
-        f"{_STAGES.get(stage, stage)} ",
+        f"{names.get(stage, stage)} ",
         (offset[stage] - start, 1.0),
         xycoords=axes.get_xaxis_transform(),
         xytext=(3, 0),
@@ -912,8 +950,8 @@ def _curves(axes, series, offset, *, title, label, share) -> None:
       )
   axes.set_title(title)
   axes.set_ylabel(label)
-  names = [_STAGES.get(stage, stage) for stage in offset if stage in used]
-  axes.set_xlabel(f"updates ({', then '.join(names)})")
+  told = [names.get(stage, stage) for stage in offset if stage in used]
+  axes.set_xlabel(f"updates ({', then '.join(told)})")
   axes.grid(axis="y", color=_RULE, linewidth=0.8)
   axes.set_axisbelow(True)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
@@ -932,7 +970,7 @@ def _running_mean(value: np.ndarray, window: int) -> np.ndarray:
   return (total[high] - total[low]) / np.maximum(high - low, 1)
 
 
-def _accuracy(results: dict) -> str:
+def _accuracy(results: dict, names: dict[str, str]) -> str:
   rows = results.get("evaluations", [])
   if not rows:
     return ""
@@ -943,10 +981,10 @@ def _accuracy(results: dict) -> str:
   views = list(dict.fromkeys(row["view"] for row in rows))
   stages = list(dict.fromkeys(row["stage"] for row in rows))
   panels = "".join(
-    _panel(
+    svg_panel(
       f"Accuracy on {task} before and after RL",
       lambda axes, t=task: _dumbbells(
-        axes, t, views, stages, found, chance.get(t)
+        axes, t, views, stages, found, chance.get(t), names
       ),
       height=0.8 + 0.34 * len(views),
     )
@@ -955,7 +993,7 @@ def _accuracy(results: dict) -> str:
 
   def cell(task, view):
     shares = [
-      _percent(found.get((task, view, stage), {}).get("accuracy"))
+      percent(found.get((task, view, stage), {}).get("accuracy"))
       for stage in stages
     ]
     return " → ".join(share.removesuffix(" %") for share in shares)
@@ -964,30 +1002,28 @@ def _accuracy(results: dict) -> str:
     task: max(row.get("count", 0) for row in rows if row["task"] == task)
     for task in tasks
   }
-  table = _table(
-    ["view", *(f"{_text(task)} (n = {counts[task]})" for task in tasks)],
+  table = html_table(
+    ["view", *(f"{escape(task)} (n = {counts[task]})" for task in tasks)],
     [
       *(
-        [_text(_VIEWS.get(view, view)), *(cell(t, view) for t in tasks)]
+        [escape(names.get(view, view)), *(cell(t, view) for t in tasks)]
         for view in views
       ),
       [
         "<i>chance</i>",
-        *(
-          f"<i>{_percent(chance.get(t)).removesuffix(' %')}</i>" for t in tasks
-        ),
+        *(f"<i>{percent(chance.get(t)).removesuffix(' %')}</i>" for t in tasks),
       ],
     ],
   )
-  order = " → ".join(_STAGES.get(stage, stage) for stage in stages)
+  order = " → ".join(names.get(stage, stage) for stage in stages)
   return (
     "<p>Bars are 95 % intervals over the videos; the dashed line is chance."
     f'</p><div class="grid">{panels}</div>'
-    f"<p>Accuracy in percent, {_text(order)}.</p>{table}"
+    f"<p>Accuracy in percent, {escape(order)}.</p>{table}"
   )
 
 
-def _dumbbells(axes, task, views, stages, found, chance) -> None:
+def _dumbbells(axes, task, views, stages, found, chance, names) -> None:
   """Accuracy of each view before (hollow) and after RL (filled)."""
   if chance is not None:
     axes.axvline(
@@ -1023,10 +1059,10 @@ def _dumbbells(axes, task, views, stages, found, chance) -> None:
       color=color,
       markerfacecolor=color if last else "white",
       markeredgewidth=1.5,
-      label=_STAGES.get(stage, stage),
+      label=names.get(stage, stage),
       zorder=3,
     )
-  axes.set_yticks(range(len(views)), [_VIEWS.get(view, view) for view in views])
+  axes.set_yticks(range(len(views)), [names.get(view, view) for view in views])
   axes.tick_params(axis="y", length=0, labelcolor=_INK)
   axes.set_ylim(len(views) - 0.5, -0.5)
   axes.set_xlim(0, 100)
@@ -1051,21 +1087,21 @@ def _strips(paths: list[pathlib.Path]) -> str:
   for path in paths:
     about = _read_json(path.with_suffix(".json"))
     caption = "".join(
-      f"<span><b>{_text(key.replace('_', ' '))}</b> {_text(_flat(value))}"
+      f"<span><b>{escape(key.replace('_', ' '))}</b> {escape(_flat(value))}"
       "</span>"
       for key, value in about.items()
       if value not in (None, "", [])
     )
-    uri = _data_uri(path.read_bytes(), "image/png")
+    uri = data_uri(path.read_bytes(), "image/png")
     figures.append(
       f'<figure><div class="scroll wide"><img src="{uri}" alt="Uniform'
-      f' frames and keyframes of {_text(path.stem)} over the score curve">'
+      f' frames and keyframes of {escape(path.stem)} over the score curve">'
       f"</div><figcaption>{caption}</figcaption></figure>"
     )
   if not figures:
     return ""
   return (
-    "<p>Uniform frames against TAD keyframes of the same number. A frame"
+    "<p>Uniform frames against keyframes of the same number. A frame"
     " with an amber border was taken while the event was to be seen.</p>"
     + "".join(figures)
   )
@@ -1086,9 +1122,9 @@ def _probes(probes: dict) -> str:
     fair = abs(probe["accuracy"] - probe["chance"]) <= half
     rows.append(
       [
-        _text(name.replace("_", " ")),
-        f"{_percent(probe['accuracy'])} ± {100 * half:.1f}",
-        _percent(probe["chance"]),
+        escape(name.replace("_", " ")),
+        f"{percent(probe['accuracy'])} ± {100 * half:.1f}",
+        percent(probe["chance"]),
         '<span class="ok">at chance</span>'
         if fair
         else '<span class="bad">not at chance</span>',
@@ -1097,11 +1133,11 @@ def _probes(probes: dict) -> str:
   return (
     "<p>What can be answered without seeing the video as it was. A fair set"
     " of questions keeps each of these within its interval of chance.</p>"
-    + _table(["probe", "accuracy", "chance", "verdict"], rows)
+    + html_table(["probe", "accuracy", "chance", "verdict"], rows)
   )
 
 
-def _rollouts(rows: list[dict], limit: int) -> str:
+def _rollouts(rows: list[dict], limit: int, names: dict[str, str]) -> str:
   """The best and the worst completion of groups spread over the updates."""
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -1119,7 +1155,7 @@ def _rollouts(rows: list[dict], limit: int) -> str:
     shown = [ranked[0]]
     if _total(ranked[-1]) < _total(ranked[0]) and limit > 1:
       shown.append(ranked[-1])
-    cards.append(_card(key, len(ranked), shown))
+    cards.append(_card(key, len(ranked), shown, names))
   return (
     "<p>Of some groups, the completion with the most and the one with the"
     f' least reward.</p><div class="grid">{"".join(cards)}</div>'
@@ -1133,15 +1169,17 @@ def _total(row: dict) -> float:
   return sum(value or 0.0 for value in rewards.values())
 
 
-def _card(key: tuple, size: int, shown: list[dict]) -> str:
+def _card(
+  key: tuple, size: int, shown: list[dict], names: dict[str, str]
+) -> str:
   stage, step = key[:2]
   first = shown[0]
   seconds = first.get("keyframe_s") or []
   answer = first.get("answer")
   completions = "".join(
-    f"<pre>{_text(_cut(row.get('completion', '')))}</pre><p class='parts'>"
+    f"<pre>{escape(_cut(row.get('completion', '')))}</pre><p class='parts'>"
     + "".join(
-      f"<span>{_text(name)} <b>{_text(_number(value))}</b></span>"
+      f"<span>{escape(name)} <b>{escape(_number(value))}</b></span>"
       for name, value in (row.get("rewards") or {}).items()
     )
     + "</p>"
@@ -1149,17 +1187,17 @@ def _card(key: tuple, size: int, shown: list[dict]) -> str:
   )
   return (
     '<article><p class="quiet">'
-    f"{_text(_STAGES.get(stage, stage))}, update {step},"
-    f" {_text(first.get('task', ''))}, group of {size}</p>"
-    f'<pre class="prompt">{_text(_cut(first.get("prompt", "")))}</pre>'
+    f"{escape(names.get(stage, stage))}, update {step},"
+    f" {escape(first.get('task', ''))}, group of {size}</p>"
+    f'<pre class="prompt">{escape(_cut(first.get("prompt", "")))}</pre>'
     + (
-      f"<p class='quiet'>answer: {_text(answer)}</p>"
+      f"<p class='quiet'>answer: {escape(answer)}</p>"
       if answer is not None
       else ""
     )
     + (
       "<p class='quiet'>keyframes at"
-      f" {_text(', '.join(f'{s:.1f}' for s in seconds))} s</p>"
+      f" {escape(', '.join(f'{s:.1f}' for s in seconds))} s</p>"
       if seconds
       else ""
     )
@@ -1174,7 +1212,9 @@ def _cut(text: str, limit: int = 1500) -> str:
   return f"{text[:limit]} … ({len(text) - limit} more characters)"
 
 
-def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
+def _times(
+  metrics: list[dict], results: dict, manifest: dict, names: dict[str, str]
+) -> str:
   """Medians over the updates, which compiling does not move.
 
   Seconds of each phase and, where they were counted, its share of the
@@ -1187,7 +1227,7 @@ def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
     seconds = _medians(rows, "time/", "_s")
     if not max(seconds.values(), default=0.0) > 0:
       continue
-    title = _STAGES.get(stage, stage)
+    title = names.get(stage, stage)
     shares = {
       "of the seconds": _time_shares(rows),
       "of the operations": _medians(rows, "work/", ""),
@@ -1212,12 +1252,12 @@ def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
     }
     columns = {name: cells for name, cells in columns.items() if cells}
     order = sorted(seconds.keys() - {"step"}, key=lambda name: -seconds[name])
-    labels = {phase: _text(_BESIDE.get(phase, phase)) for phase in order}
+    labels = {phase: escape(_BESIDE.get(phase, phase)) for phase in order}
     if "step" in seconds:
       labels["step"] = "<i>whole update</i>"
     if shares:
       made.append(
-        _panel(
+        svg_panel(
           f"What each phase of an update takes, {title}",
           lambda axes, t=title, s=shares: _stacked(axes, s, title=t),
           width=10.0,
@@ -1225,8 +1265,8 @@ def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
         )
       )
     made.append(
-      _table(
-        [_text(title), *columns],
+      html_table(
+        [escape(title), *columns],
         [
           [label, *(cells.get(phase, "") for cells in columns.values())]
           for phase, label in labels.items()
@@ -1240,14 +1280,14 @@ def _times(metrics: list[dict], results: dict, manifest: dict) -> str:
     }
   if timing:
     made.append(
-      _table(
+      html_table(
         ["run", ""],
         [
           [
-            _text(name.removesuffix("_s").replace("_", " ")),
+            escape(name.removesuffix("_s").replace("_", " ")),
             telemetry.clock(value)
             if name.endswith("_s")
-            else _text(value if isinstance(value, str) else _number(value)),
+            else escape(value if isinstance(value, str) else _number(value)),
           ]
           for name, value in timing.items()
           if value is not None
@@ -1356,20 +1396,20 @@ def _settings(manifest: dict) -> str:
   if not manifest:
     return ""
   starts = manifest.get("starts", [])
-  config = _table(
+  config = html_table(
     ["setting", "value"],
     [
-      [f"<code>{_text(key)}</code>", f"<code>{_text(value)}</code>"]
+      [f"<code>{escape(key)}</code>", f"<code>{escape(value)}</code>"]
       for key, value in _leaves(manifest.get("config", {}))
     ],
   )
-  begun = _table(
+  begun = html_table(
     ["start", "revision", "command"],
     [
       [
-        _text(start["time"]),
-        _text((start.get("git") or "–")[:12]),
-        f"<code>{_text(' '.join(start.get('argv', [])))}</code>",
+        escape(start["time"]),
+        escape((start.get("git") or "–")[:12]),
+        f"<code>{escape(' '.join(start.get('argv', [])))}</code>",
       ]
       for start in starts
     ],
@@ -1379,8 +1419,8 @@ def _settings(manifest: dict) -> str:
     for name, version in (starts[-1]["versions"] if starts else {}).items()
   )
   return (
-    f"<p>Data {_text(manifest.get('data_hash', '–'))}, seed"
-    f" {_text(manifest.get('seed', '–'))}. {_text(versions)}.</p>"
+    f"<p>Data {escape(manifest.get('data_hash', '–'))}, seed"
+    f" {escape(manifest.get('seed', '–'))}. {escape(versions)}.</p>"
     f'{begun}<details class="left"><summary>All settings</summary>{config}'
     "</details>"
   )
@@ -1452,14 +1492,23 @@ td i { color: #66727f; }
 article { border: 1px solid #dfe4ea; border-radius: 8px; padding: .9rem 1rem; }
 pre { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
+section > article { margin: .8rem 0; }
 article pre:not(.prompt) { background: #f5f7f9; border-radius: 4px;
   padding: .5rem .6rem; }
 .parts { font-size: .82rem; color: #66727f; margin: .2rem 0 .6rem; }
 .parts span { margin-right: .9rem; display: inline-block; }
 .parts b { color: #1c2733; font-weight: 600; }
+.parts b.ok { color: #23704d; }
+.parts b.bad { color: #a8402a; }
+.narrow { max-width: 34rem; }
 code { font: .85rem ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 details summary { cursor: pointer; margin: .6rem 0; }
 .left td:last-child, .left th:last-child { text-align: left;
   white-space: normal; overflow-wrap: anywhere; }
+.film { display: flex; gap: 3px; overflow-x: auto; margin: .2rem 0 .5rem; }
+.film figure { margin: 0; flex: 0 0 auto; }
+.film img { height: 84px; width: auto; border-radius: 3px; }
+.film figcaption { margin: 0; font-size: .75rem; color: #66727f; }
+.film .evidence img { outline: 3px solid #e8a33d; outline-offset: -3px; }
 @media print { .scroll { overflow: visible; } section { break-inside: auto; } }
 """

@@ -27,7 +27,14 @@ import numpy as np
 
 from cf_jax import descriptor as descriptor_lib
 from cf_jax import selectors, tad
-from cf_jax.data import drawing, patches, pipeline, prompts, records
+from cf_jax.data import (
+  drawing,
+  footage,
+  patches,
+  pipeline,
+  prompts,
+  records,
+)
 from cf_jax.types import Keyframes, Prompt, View
 
 ARMS = (
@@ -459,7 +466,7 @@ class ViewMaker:
     keeps the shapes of the jitted scan fixed.
     """
     keys = [
-      (sample.video, int(mask.sum()))
+      (footage.of_sample(sample), int(mask.sum()))
       for sample, mask in zip(batch.samples, batch.scan_mask, strict=True)
     ]
     with self._lock:

@@ -1,4 +1,4 @@
-"""One question about one video; the answer is streamed to standard output.
+"""One question about one video or picture; the answer is streamed.
 
   python -m cf_jax.main --config=configs/ask.py --config.checkpoint=DIR \
     --config.video=FILE --config.question=TEXT
@@ -36,12 +36,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.checkpoint = ""  # a Qwen2.5-VL directory, or a run's workdir
   # Where the directory that a run started from lies now; "" is where it lay.
   config.init_from = ""
-  config.video = ""  # a file
+  config.video = ""  # a file; a picture is a video of one frame
   config.question = ""
   config.options = ()  # choices without letters, ('red', 'blue')
   # "float32" or "bfloat16": parameters, cache and matmuls; None is the
   # checkpoint's own.
   config.dtype = config_dict.placeholder(str)
+
+  # What a file may be; anything above is refused before it is decoded.
+  config.limits = dict(
+    max_file_mib=16384.0,
+    max_pixels=8192 * 4320,  # of a frame
+    max_duration_s=43200.0,
+    max_frames=2592000,  # 12 hours at 60 a second
+  )
 
   # -- which frames are seen
   config.scan = dict(
@@ -73,12 +81,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # -- the prompt; positions per second of video are the model's own
   config.prompt = dict(
     pad_multiple=64,  # slots: prompts of nearly one length share a program
+    # Keyframes that share a temporal slice: 1, or 2 as in Qwen2.5-VL's videos
+    # (half the visual tokens); None: 1
+    frames_per_slice=config_dict.placeholder(int),
+    # Draws its number on each keyframe, counted from 0; None: False
+    number_frames=config_dict.placeholder(bool),
   )
   config.prompt.build = dict(
     # Each keyframe is preceded by its time as text, or all are one video;
     # None: True
     show_time=config_dict.placeholder(bool),
-    time_format=config_dict.placeholder(str),  # None: "{:.1f}s"
+    # None: "{:.1f}s"; of a picture, unless a run says otherwise, no text
+    time_format=config_dict.placeholder(str),
     question_template=config_dict.placeholder(str),  # "{question}{options}"
     system=config_dict.placeholder(str),  # None: the chat template's own
   )

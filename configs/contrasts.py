@@ -4,23 +4,22 @@
   python -m benchmarks.contrasts --runs=runs/contrasts
 
 Each seed has one cold start, from which all its arms go on for equally many
-updates with equally many completions a prompt.
+updates with equally many completions a prompt. An arm is SELECTOR_METHOD:
 
-  configs/contrasts.py:cold_start           the policy that all arms start from
-  configs/contrasts.py:uniform_grpo         GRPO on uniform frames
-  configs/contrasts.py:tad_grpo             GRPO on TAD's keyframes
-  configs/contrasts.py:tad_tgrpo            T-GRPO on TAD's keyframes
-  configs/contrasts.py:tad_kfgrpo           KF-GRPO on TAD's keyframes
-  configs/contrasts.py:tad_placebo          its bonuses, dealt anew at random
-  configs/contrasts.py:tad_placebo_prompt   the contrast of another prompt
+  uniform_, tad_, learned_          which frames are shown
+  _grpo, _tgrpo, _kfgrpo            how the policy learns from them
+  _placebo                          KF-GRPO's bonuses, dealt anew at random
+  _placebo_prompt                   with the contrast of another prompt
+
+  configs/contrasts.py:cold_start   the policy that all arms start from
 """
 
 import ml_collections
 
 from configs import kfgrpo_cpu
 
+# Behind the three contrasts, on every seed.
 ARMS = (
-  "cold_start",
   "uniform_grpo",
   "tad_grpo",
   "tad_tgrpo",
@@ -29,6 +28,15 @@ ARMS = (
   "tad_placebo_prompt",
 )
 SEEDS = 8
+# The rest of the table {frames} x {method}, descriptive, on the first seeds.
+FURTHER_ARMS = (
+  "uniform_tgrpo",
+  "uniform_kfgrpo",
+  "learned_grpo",
+  "learned_tgrpo",
+  "learned_kfgrpo",
+)
+FURTHER_SEEDS = 3
 # Another generator, on which settings may be tuned, equally long for all arms.
 TUNING_SEED = 1000
 
@@ -36,9 +44,10 @@ TUNING_SEED = 1000
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """One arm; the default is KF-GRPO's."""
   arm = arg or "tad_kfgrpo"
-  if arm not in ARMS:
+  arms = ("cold_start", *ARMS, *FURTHER_ARMS)
+  if arm not in arms:
     raise ValueError(
-      f"configs/contrasts.py takes one of {', '.join(ARMS)}; got {arg!r}"
+      f"configs/contrasts.py takes one of {', '.join(arms)}; got {arg!r}"
     )
   config = kfgrpo_cpu.get_config()
   config.name = "contrasts" + (f"_{arg}" if arg else "")
@@ -46,38 +55,59 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # The answer alone: after a worded reasoning its tokens follow from the text,
   # under whatever pictures.
   config.answers.reasoning = "none"
-  config.evaluation.arms = (
-    "keyframes",
-    "uniform",
-    "shuffled",
-    "reversed",
-    "blind",
-  )
-  # Sixteen completions a prompt in every arm: T-GRPO's are 8 + 8.
-  config.sampling.num_completions = 16
-  config.scan.select = "uniform" if arm == "uniform_grpo" else "tad"
+  config.rl.steps = 100
+  config.evaluation.arms = ("keyframes", "shuffled", "reversed", "blind")
   if arm == "cold_start":
     config.rl.steps = 0
-  elif arm in ("uniform_grpo", "tad_grpo"):
+    config.report.stages = ("sft",)
+    # Its policy sees other frames in some arms.
+    config.evaluation.arms += ("uniform", "single", "times")
+    return config
+
+  config.report.stages = ("rl",)
+  config.report.probe_videos = 0  # the cold start's run has probed the data
+  frames, _, method = arm.partition("_")
+  # Sixteen completions a prompt in every arm: T-GRPO's are 8 + 8, those of a
+  # learned selection 8 for each of two selections.
+  completions = 16
+  if frames == "learned":
+    config.selector.learn = True
+    completions //= config.selector.num_selections
+  else:
+    config.scan.select = frames
+  if method == "grpo":
     config.contrast.kind = "none"
-  elif arm == "tad_tgrpo":
-    config.contrast.update(kind="threshold", num_shuffles=1, num_samples=8)
-    config.sampling.num_completions = 8
-  elif arm == "tad_placebo":
+  elif method == "tgrpo":
+    completions //= 2
+    config.contrast.update(
+      kind="threshold", num_shuffles=1, num_samples=completions
+    )
+  elif method == "placebo":
     config.contrast.placebo = "random"
-  elif arm == "tad_placebo_prompt":
+  elif method == "placebo_prompt":
     config.contrast.placebo = "other_prompt"
+  config.sampling.num_completions = completions
   return config
 
 
 def sweep(add) -> None:
-  """Every arm of every seed, cold starts first."""
-  for seed in range(SEEDS):
+  """Every arm of every seed after its cold start; then the further arms."""
+
+  def add_arms(seed, arms):
     seeds = {"seed": seed, "data.seed": seed}
-    add(f"seed_{seed}/cold_start", arg="cold_start", **seeds)
-    for arm in ARMS[1:]:
+    for arm in arms:
       add(
         f"seed_{seed}/{arm}",
         arg=arm,
         **seeds | {"sft.from_run": f"{{out}}/seed_{seed}/cold_start"},
       )
+
+  for seed in range(SEEDS):
+    add(
+      f"seed_{seed}/cold_start",
+      arg="cold_start",
+      **{"seed": seed, "data.seed": seed},
+    )
+    add_arms(seed, ARMS)
+  for seed in range(FURTHER_SEEDS):
+    add_arms(seed, FURTHER_ARMS)

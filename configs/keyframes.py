@@ -28,6 +28,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # -- what is looked at
   config.video = ""  # a file, or a folder: all videos below it
+  # What a file may be; anything above is refused before it is decoded.
+  config.limits = dict(
+    max_file_mib=16384.0,
+    max_pixels=8192 * 4320,  # of a frame
+    max_duration_s=43200.0,
+    max_frames=2592000,  # 12 hours at 60 a second
+  )
   # Frames a second that are scanned; None: every decoded frame.
   config.fps = config_dict.placeholder(float)
   config.scan = dict(

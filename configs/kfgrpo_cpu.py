@@ -27,20 +27,36 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.distributed = False  # True: jax.distributed.initialize() first
   # Where compiled programs are kept between runs; "" turns it off.
   config.compilation_cache_dir = "~/.cache/cf_jax/xla"
-  # "10:12" traces KF-GRPO updates 10 to 12 into workdir/profile: open
-  # perfetto_trace.json.gz in ui.perfetto.dev, or the folder in XProf.
+  # "10:12" traces updates 10 to 12 of the reinforcement into workdir/profile:
+  # open perfetto_trace.json.gz in ui.perfetto.dev, or the folder in XProf.
   config.profile = ""
+  # How a run is stopped and followed; free to change from start to start.
+  config.runtime = dict(
+    time_limit_s=0.0,  # then it stops as if by SIGTERM; 0: no limit
+    heartbeat_s=10.0,  # between two writings of heartbeat.json
+    report_every_s=600.0,  # between two of report.html in training; 0: at end
+  )
   # Devices along each mesh axis; -1 takes what the others leave.
   config.mesh = dict(data=-1, fsdp=1, tensor=1, context=1)
 
   # -- data
   config.data = dict(
-    # "synthetic", "jsonl:FILE", or "jsonl:FOLDER" with
+    # "synthetic", "dataset:NAME=ROOT", "jsonl:FILE", or "jsonl:FOLDER" with
     # train.jsonl, dev.jsonl, test.jsonl
     source="synthetic",
     cache_dir="~/.cache/cf_jax/data",  # generated sets, by settings hash
     seed=0,  # of the generator
+    # True: a manifest may name files outside its own folder.
+    allow_outside=False,
     max_skip_fraction=0.01,  # share of unreadable videos that stops a run
+  )
+  # With source="dataset:NAME=ROOT,NAME=ROOT" (docs/datasets.md): which part of
+  # the public datasets in these folders is read.
+  config.data.dataset = dict(
+    split="train",  # "" is each one's first
+    only=(),  # ("duration=short",): samples of these groups alone
+    clips=True,  # False: files are cut to the annotated parts already
+    max_bad_rows=0,  # wrong rows that may be left out, each is logged
   )
   config.data.synthetic = dict(
     num_train=2048,  # videos
@@ -56,6 +72,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     scan_size_px=(32, 32),  # height, width of the scan
     num_workers=0,  # grain worker processes; 0 reads in this one
     shuffle=True,
+    # "" takes every sample once an epoch; "a=3,b=1" takes samples of source a
+    # three times as often as those of b, however many there are of each
+    mix="",
   )
   config.data.reader = dict(
     size_px=(56, 56),  # height, width at which keyframes are encoded
@@ -63,6 +82,28 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     resize="area",
     cache_mib=512,  # decoded frames kept in memory
     num_threads=2,
+  )
+  # Where files are decoded that the run did not write itself: in processes of
+  # their own, so that a bad one costs one sample. docs/data_path.md
+  config.data.decode = dict(
+    processes=2,  # 0 decodes in this one, as built-in videos always are
+    timeout_s=300.0,  # for one request about one file
+    max_memory_mib=4096,  # of each process
+    accept_damaged=False,  # files that the decoder complains of
+  )
+  # What a file may be; anything above is refused before it is decoded.
+  config.data.limits = dict(
+    max_file_mib=16384.0,
+    max_pixels=8192 * 4320,  # of a frame
+    max_duration_s=43200.0,
+    max_frames=2592000,  # 12 hours at 60 a second
+  )
+  # Decoded frames on disk, for later runs; configs/cache_frames.py fills it.
+  config.data.frame_cache = dict(
+    # "prefer" decodes and keeps what is not there, "only" decodes nothing
+    mode="off",
+    folder="~/.cache/cf_jax/frames",
+    max_gib=100.0,  # what was used longest ago goes
   )
 
   # -- selection: the scan is cheap, only the chosen frames are encoded
@@ -143,13 +184,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # are compared can share one.
     from_run="",
     max_steps=500,
-    batch_size=32,
+    batch_size=32,  # videos, of all processes together
     # Equal parts in which a batch goes through an update, one after the other:
     # the same update with a part's memory. 1 is fastest.
     micro_batches=1,
     # What the target answers with. So small a policy learns to name an option
     # long before it learns to look up its letter; both are read.
     answer_form="text",
+    between="",  # white space between reasoning and answer
+    # What carries the loss: "completion", or "all": the prompt's text too.
+    loss_on="completion",
+    # Above 0, samples are laid one behind another into rows with the room of so
+    # many padded ones: the same update without most of the padding. It pays
+    # where lengths differ, and 1 is where to start: attention's work grows with
+    # the square of a row. Attention "cudnn" cannot.
+    pack=0,
     stop_accuracy=0.62,  # dev accuracy (greedy) at which the cold start ends
     eval_every=10,  # updates
     checkpoint_every=100,
@@ -171,7 +220,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # -- KF-GRPO (arXiv 2509.15800; the formulas are ours, see docs/method.md)
   config.rl = dict(
     steps=250,
-    prompts_per_step=16,  # B
+    prompts_per_step=16,  # B, of all processes together
     micro_batches=1,  # as in sft; equal parts of the prompts
     updates_per_batch=1,
     # How advantages are made: "group" (config.advantage) or "reinforce".
@@ -189,6 +238,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     importance_cap=0.0,
     entropy_weight=0.0,
     log_every=1,
+    eval_every=0,  # updates between looks at dev accuracy; 0: never
     checkpoint_every=50,
   )
   config.sampling = dict(
@@ -308,7 +358,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
 
   # -- what is kept and shown
-  config.checkpoint = dict(keep=2)
+  config.checkpoint = dict(
+    keep=2,  # of the newest checkpoints of a stage
+    keep_best=0,  # and so many of the best, by a metric of metrics.jsonl
+    best_metric="dev_accuracy",  # in rl: rl.eval_every; larger is better
+  )
   config.evaluation = dict(
     batch_size=64,
     arms=(
@@ -321,7 +375,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "blind",
     ),
   )
-  config.report = dict(num_film_strips=6, num_rollouts=8, probe_videos=768)
+  config.report = dict(
+    # The policies that answer the held-out videos: before reinforcement, after.
+    stages=("sft", "rl"),
+    num_film_strips=6,
+    num_rollouts=8,
+    probe_videos=768,
+  )
 
   if arg == "smoke":
     config.data.synthetic.update(num_train=64, num_dev=16, num_test=48)

@@ -6,8 +6,9 @@
 
 The policy answers every training sample several times; samples that it answers
 always or never right are dropped. Then configs/temporal_r1.py takes
---config.data.source=jsonl:runs/select_data/selected. Questions are put and
-answers are read as that recipe does; what differs is here.
+--config.data.source=jsonl:runs/select_data/selected with
+--config.data.allow_outside=True, for the videos stay where they are. Questions
+are put and answers are read as that recipe does; what differs is here.
 
   configs/select_data.py:smoke   a small policy on built-in data
 """

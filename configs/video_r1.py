@@ -47,6 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.reward.length = dict(low=320, high=512, bonus=0.2)
   common.unclipped_grpo(config)
   config.sampling.update(temperature=1.0, top_p=0.95)
+  config.sft.loss_on = "all"  # its public code trains on the prompt as well
   if variant == "sft":
     config.rl.steps = 0
   if variant == "zero":
@@ -64,6 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       batch_size=32,
       micro_batches=4,
       answer_form="letter",
+      between="\n",  # as in its data
       stop_accuracy=1.1,  # one epoch of 165k, not until it is good enough
       eval_every=1000,
       checkpoint_every=250,

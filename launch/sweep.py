@@ -31,6 +31,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from cf_jax import disk
+
+STOPPED = 75  # of cf_jax.main, as docs/reliability.md has it
+
 
 class Point(NamedTuple):
   """One run of a sweep."""
@@ -80,8 +84,8 @@ def command(point: Point, config: str, out: pathlib.Path) -> list[str]:
 
 
 def is_finished(workdir: pathlib.Path) -> bool:
-  """A run writes its report last."""
-  return (workdir / "report.html").is_file()
+  """A run writes its results last, and then a report of them."""
+  return (workdir / "results.json").is_file()
 
 
 def table(done: Sequence[tuple[Point, dict]]) -> str:
@@ -125,9 +129,7 @@ def write(points: Sequence[Point], out: pathlib.Path) -> None:
     ("sweep.json", json.dumps(made, indent=1) + "\n"),
     ("sweep.md", table(done) if done else "no point is finished yet\n"),
   ):
-    new = out / f".{name}.new"
-    new.write_text(text, "utf-8")
-    new.replace(out / name)
+    disk.write_text(out / name, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     spent, ran = spent + time.monotonic() - begin, ran + 1
     if code in (130, -2):
       return 130
+    if code == STOPPED:
+      print("stopped; the same command goes on from there", flush=True)
+      return code
     if code:
       failed.append(point.name)
       print(f"{point.name} failed with exit code {code}", flush=True)

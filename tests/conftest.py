@@ -123,6 +123,7 @@ def shrink(
   )
   config.data.loader.scan_frames = 64
   config.data.reader.update(size_px=(28, 56), cache_mib=16, num_threads=1)
+  config.data.decode.processes = 1
   config.tad.num_keyframes = 4
   config.prompt.max_tokens = 96
   config.model = SMALLEST

@@ -2,7 +2,8 @@
 
 Each in a process of its own, as flags are global. `cpu_step` (each setting in a
 new process), `load_hf` (writes 2 GB), `keyframe_quality` (the real clips),
-`seeds` (whole runs) and `bf16_drift` (docs/parity.md) have no small form.
+`seeds` (whole runs), `frame_cache` (real clips, minutes) and `bf16_drift`
+(docs/parity.md) have no small form.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import damaged_videos, gpu, packing
 from cf_jax.models import config as model_config
 from cf_jax.models import layers
 from tests.conftest import ROOT
@@ -45,6 +46,15 @@ def table_rows(text):
   rules = [n for n, row in enumerate(rows) if set(row[0]) <= {"-", ":"}]
   heads = {n - 1 for n in rules}
   return [row for n, row in enumerate(rows) if n not in heads | {*rules}]
+
+
+def test_packing():
+  """In this process; it compares the losses of its forms itself."""
+  made = packing.measure(count=4, frames=2, slots=64, length=8, repeats=1)
+  rows = table_rows(packing.table(made))
+  assert [row[0] for row in rows] == list(made["forms"])
+  filled = [form["filled"] for form in made["forms"].values()]
+  assert all(0 < share <= 1 for share in filled)
 
 
 def test_growth(tmp_path):
@@ -134,6 +144,21 @@ def test_decode(tmp_path, write_video):
   run("decode", f"--videos={tmp_path}", "--tiny", f"--out={out}")
   (row,) = json.loads(out.read_text())["rows"].values()
   assert row["frames"] == 2 * 12 and row["times"] == 2
+
+
+def test_damaged_videos(tmp_path, write_video):
+  """Each way once; started again, it has nothing left to try."""
+  frames = np.random.default_rng(0).integers(0, 255, (12, 32, 48, 3), np.uint8)
+  write_video(tmp_path / "a.mp4", frames)
+  out = tmp_path / "rows.jsonl"
+  flags = f"--videos={tmp_path}", f"--out={out}", "--tiny"
+  line = f"tried {len(damaged_videos.WAYS)}, survived"
+  assert line in run("damaged_videos", *flags)
+  rows = [json.loads(row) for row in out.read_text().splitlines()]
+  assert {row["damage"] for row in rows} == {
+    way.__name__ for way in damaged_videos.WAYS
+  }
+  assert not [row for row in rows if row["outcome"] == "lost"]
 
 
 @pytest.mark.parametrize(

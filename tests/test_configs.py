@@ -16,6 +16,10 @@ import pytest
 from cf_jax import grpo, rewards, sampling, tad, views
 from cf_jax.data import (
   answers,
+  datasets,
+  decoding,
+  frame_cache,
+  frame_size,
   judge,
   pipeline,
   prompts,
@@ -24,19 +28,22 @@ from cf_jax.data import (
   synthetic_tasks,
   video,
 )
+from cf_jax.evals import differences
 from cf_jax.main import PROGRAMS
 from cf_jax.models import config as model_config
 from cf_jax.models import lora, selector, vlm
 from cf_jax.programs import (
   amplify,
   ask,
-  evaluate,
+  choosing,
+  export_stablehlo,
+  held_out,
   policies,
   reinforce,
   scorer,
   select_data,
 )
-from cf_jax.runtime import checkpoint, optim, sharding
+from cf_jax.runtime import checkpoint, lifecycle, optim, sharding
 from tests.conftest import ROOT, load_config
 
 
@@ -87,6 +94,10 @@ BINDS = {
       ),
     ),
     "data.reader": (pipeline.FrameReader, (), {}),
+    "data.dataset": (datasets.read, ("name",), {"root": "folder"}),
+    "data.decode": (decoding.Decoder, (), {}),
+    "data.limits": (video.Limits, (), {}),
+    "data.frame_cache": (frame_cache.around, (None,), {}),
     "scan": (views.make_selector, (), {"encode": None, "num_keyframes": 1}),
     "tad": (tad.select_keyframes, (None,), {}),
     "selector.network": (
@@ -119,14 +130,16 @@ BINDS = {
     "sft.optim": (_optimizer, (), {}),
     "rl.optim": (_optimizer, (), {}),
     "checkpoint": (checkpoint.Checkpoints, ("folder",), {}),
-    "evaluation": (evaluate.Evaluator, (None, []), {"max_tokens": 1}),
+    "runtime": (lifecycle.Guard, ("folder",), {}),
+    "evaluation": (held_out.Evaluator, (None, []), {"max_tokens": 1}),
   },
   "ask": {
     "mesh": MESH,
     "scan": (video.scan_frames, ("file",), {}),
+    "limits": (video.Limits, (), {}),
     "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
     "frame": (
-      video.fit_size,
+      frame_size.fit_size,
       (1, 1),
       dict(num_frames=1, factor=28, frames_per_slice=1),
     ),
@@ -142,8 +155,14 @@ BINDS = {
     ),
   },
   "export": {"mesh": MESH},
+  "export_stablehlo": {
+    "tad": (tad.select_keyframes, (None,), {}),
+    "frames": (export_stablehlo.export_tad, (), {"platforms": ()}),
+  },
+  "plan": {},
   "keyframes": {
     "mesh": MESH,
+    "limits": (video.Limits, (), {}),
     "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
   },
 }
@@ -154,6 +173,10 @@ BINDS["select_data"] = {
     "data.synthetic",
     "data.loader",
     "data.reader",
+    "data.dataset",
+    "data.decode",
+    "data.limits",
+    "data.frame_cache",
     "scan",
     "tad",
     "prompt.build",
@@ -164,17 +187,74 @@ BINDS["select_data"] = {
     "judge",
     "sft.optim",
     "checkpoint",
+    "runtime",
   )
 } | {
-  "evaluation": (evaluate.Evaluator, (None, [], ()), {"max_tokens": 1}),
+  "evaluation": (held_out.Evaluator, (None, [], ()), {"max_tokens": 1}),
   "select": (select_data.decide, ((), None), {}),
 }
 BINDS["amplify"] = BINDS["train"] | {
   "evaluation": BINDS["select_data"]["evaluation"]
 }
+BINDS["evaluate"] = {
+  name: BINDS["train"][name]
+  for name in (
+    "mesh",
+    "judge",
+    *(name for name in BINDS["train"] if name.startswith("data.")),
+  )
+  if name != "data.loader"
+} | {
+  "data.reader": (
+    pipeline.FrameReader,
+    (),
+    dict(size_px=(28, 28), resize="area"),
+  ),
+  "scan": (choosing.by_name, ("tad",), dict(encode=None, tad={})),
+  "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
+  "prompt.build": (
+    prompts.build_prompt,
+    (None, "", ()),
+    dict(
+      frame_time_s=(),
+      grid=(1, 1),
+      tokens_per_second=2,
+      question_template="",
+    ),
+  ),
+  "sampling": (
+    sampling.generate,
+    (None,) * 6,
+    {"eos_id": 0, "num_completions": 1},
+  ),
+}
+BINDS["compare"] = {
+  "bootstrap": (differences.compare, (None,) * 3, {}),
+  "limits": (video.Limits, (), {}),
+}
+BINDS["cache_frames"] = {
+  name: BINDS["train"][name]
+  for name in (
+    "data.synthetic",
+    "data.loader",
+    "data.reader",
+    "data.decode",
+    "data.limits",
+    "data.frame_cache",
+    "data.dataset",
+    "scan",
+    "tad",
+  )
+}
+BINDS["score"] = {"judge": BINDS["train"]["judge"]}
+BINDS["check_data"] = {
+  "decoder": (decoding.Decoder, (), {}),
+  "limits": (video.Limits, (), {}),
+}
 # Read key by key by the programs (test_train.py, test_ask.py and
 # test_keyframes.py check that each is read).
 PLAIN = {
+  "cache_frames": ("", "data", "fill"),
   "train": (
     "",
     "data",
@@ -195,9 +275,24 @@ PLAIN = {
   ),
   "ask": ("", "prompt"),
   "export": ("",),
+  "export_stablehlo": ("", "policy"),
+  "plan": ("",),
   "keyframes": ("", "scan"),
   "select_data": ("", "data", "prompt", "prompt.templates", "sft"),
 }
+
+PLAIN["evaluate"] = (
+  "",
+  "shard",
+  "frame",
+  "prompt",
+  "prompt.templates",
+  "prompt.of_benchmark",
+  "data",
+)
+PLAIN["compare"] = ("", "shown")
+PLAIN["check_data"] = ("",)
+PLAIN["score"] = ("",)
 
 
 PLAIN["amplify"] = PLAIN["train"]
@@ -316,7 +411,7 @@ def test_values_of_ask_are_accepted():
   config.update(checkpoint="folder", video="file", question="why?")
   ask.check_settings(config)
   settled = ask.settle(config, model_config.qwen2_5_vl_7b())
-  rows, columns = video.fit_size(1080, 1920, num_frames=8, **settled.frame)
+  rows, columns = frame_size.fit_size(1080, 1920, num_frames=8, **settled.frame)
   assert (rows, columns) == (336, 588) and rows * columns <= 256 * 28 * 28
   empty = [
     name

@@ -10,6 +10,7 @@ import pytest
 
 from cf_jax import report
 from cf_jax.runtime import telemetry
+from tests.conftest import load_config
 
 NASTY = '</pre><script>alert("x")</script> & <img src=http://x.example/a.png>'
 
@@ -315,3 +316,27 @@ def test_keyframe_strip_has_a_row_for_every_eight(tmp_path):
 def test_film_strip_refuses_unequal_lengths(tmp_path):
   with pytest.raises(ValueError, match="tad_frames 4, tad_s 3"):
     strip(tmp_path / "a.png", tad_s=[0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+  ("path", "arg", "method", "select"),
+  [
+    ("configs/kfgrpo_cpu.py", None, "KF-GRPO", "TAD"),
+    ("configs/video_r1.py", "paper", "T-GRPO", "uniform"),
+    ("configs/video_r1.py", "grpo", "GRPO", "uniform"),
+    ("configs/videochat_r1.py", None, "GRPO", "uniform"),
+    ("configs/temporal_r1.py", None, "GRPO", "uniform"),
+    ("configs/viarl.py", None, "REINFORCE++", "uniform"),
+    ("configs/tspo.py", None, "TSPO", "TAD"),
+    ("configs/contrasts.py", "tad_placebo", "KF-GRPO (placebo)", "TAD"),
+  ],
+)
+def test_recipes_are_called_by_their_names(path, arg, method, select):
+  config = load_config(path, arg)
+  for form in (config, json.loads(config.to_json())):  # as a manifest has it
+    assert report.method_name(form) == method
+    assert report.selector_name(form) == select
+
+
+def test_a_run_without_settings_has_a_name():
+  assert report.method_name({}) == "reinforcement"

@@ -143,3 +143,34 @@ def test_contrasts_by_hand(tmp_path):
   assert "| b) KF-GRPO - T-GRPO, TAD | 10.0 |" in contrasts.table(found)
   contrasts.draw(seeds, tmp_path / "plot.png", task="order_two")
   assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_table_of_frames_and_methods(tmp_path):
+  def run(keyframes, uniform):
+    return {
+      (view, task): value
+      for view, value in (("keyframes", keyframes), ("uniform", uniform))
+      for task in ("needle", "order_two", "all")
+    }
+
+  seeds = {
+    "seed_0": {"cold_start": run(0.6, 0.4), "tad_grpo": run(0.8, 0.5)},
+    "seed_1": {"cold_start": run(0.7, 0.4)},
+  }
+  found = contrasts.cells(seeds)
+  assert found == {
+    "uniform sft": {"seed_0": 0.4, "seed_1": 0.4},
+    "tad sft": {"seed_0": 0.6, "seed_1": 0.7},
+    "tad grpo": {"seed_0": 0.8},
+  }
+  # 60 and 70: mean 65, standard deviation 10 / sqrt(2).
+  row = "| tad | 65.0 (sd 7.1), n=2 | 80.0, n=1 |  |  |"
+  assert row in contrasts.describe(found)
+
+  lines = ['{"stage": "sft", "reward/correct": 9}']
+  lines += [f'{{"stage": "rl", "reward/correct": {n / 20}}}' for n in range(20)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  curve = contrasts.curve(tmp_path, "reward/correct")
+  assert len(curve) == 20 and curve[3] == 0.15
+  contrasts.draw_curves({"a": [curve, curve[::-1]]}, tmp_path / "curves.png")
+  assert (tmp_path / "curves.png").stat().st_size > 10_000

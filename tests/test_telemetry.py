@@ -12,6 +12,7 @@ import pytest
 import rich.console
 from absl import logging
 
+from cf_jax import disk
 from cf_jax.runtime import telemetry
 
 
@@ -168,7 +169,7 @@ def test_write_json_leaves_the_old_file_when_it_cannot_write(tmp_path):
     raise OSError("disk full")
 
   with pytest.raises(OSError, match="disk full"):
-    telemetry._replace(path, fail)
+    disk.write(path, fail)
   assert json.loads(path.read_text())["a"] == [0, 1]
   assert [item.name for item in path.parent.iterdir()] == ["a.json"]
 

@@ -35,19 +35,19 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from cf_jax import report, tad, views
+from cf_jax import disk, report, tad, views
 from cf_jax.data import answers, chance, pipeline, records, targets
 from cf_jax.evals import accuracy
+from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import (
-  evaluate,
+  held_out,
   policies,
   reinforce,
   sft,
   train,
   verdicts,
 )
-from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, telemetry
+from cf_jax.runtime import checkpoint, lifecycle, processes, telemetry
 from cf_jax.types import Keyframes, Rollout, Verdict
 
 EVALUATION_FILE = "evaluation.json"
@@ -92,6 +92,11 @@ def answerer_config(
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a ValueError where the two do not fit together."""
+  if processes.count() > 1:
+    raise ValueError(
+      "amplify runs in one process, got"
+      f" {processes.count()}; set config.distributed=False"
+    )
   num_frames, num_candidates = (
     config.amplify.num_frames,
     config.tad.num_keyframes,
@@ -380,6 +385,37 @@ class Selector:
       temperature=0.0,
     )
     self._encode = experiment_lib.make_encode_step(experiment)
+    self._params = self._apart = None
+
+  def load(self, params: dict, *, rows: int) -> None:
+    """Takes over the parameters that choose from now on, `rows` at a time."""
+    self._params = params
+    self._apart = self._steps.unstack(params, rows=rows)
+
+  def unload(self) -> None:
+    """Lets go of them, so that a stage may take over their buffers."""
+    self._params = self._apart = None
+
+  def read(self, batch: pipeline.Batch) -> tuple[views.Prepared, Lists]:
+    """What the policy of `load` says of a batch, and what it comes to."""
+    experiment = self.experiment
+    prepared = experiment.make_views(batch, ("keyframes",))
+    pixel = experiment.make_views.patches(experiment_lib.shown_frames(prepared))
+    begun = self._steps.prefill(
+      self._params,
+      experiment.put(prepared.view["keyframes"]),
+      self._encode(self._params, experiment.put(pixel)),
+      experiment.put(np.zeros((len(batch.samples), 2), np.uint32)),
+    )
+    rollout = jax.device_get(self._steps.decode(self._apart, begun).rollout)
+    lists = read_lists(
+      experiment,
+      prepared,
+      rollout.token,
+      rollout.mask,
+      num_frames=self.num_frames,
+    )
+    return prepared, lists
 
   def choose(
     self,
@@ -398,8 +434,7 @@ class Selector:
     experiment = self.experiment
     settings = experiment.config.data.loader
     size = batch_rows(experiment)
-    apart = self._steps.unstack(params, rows=size)
-    seed = experiment.put(np.zeros((size, 2), np.uint32))
+    self.load(params, rows=size)
     with telemetry.progress(
       show, len(samples), unit="sample", active=bool(show)
     ) as bar:
@@ -411,30 +446,15 @@ class Selector:
           batch_size=size,
           scan_frames=settings.scan_frames,
           scan_size_px=settings.scan_size_px,
+          decoder=experiment.decoder,
         )
         experiment_lib.list_skipped(experiment.workdir, skipped)
         if batch is not None:
-          prepared = experiment.make_views(batch, ("keyframes",))
-          pixel = experiment.make_views.patches(
-            experiment_lib.shown_frames(prepared)
-          )
-          begun = self._steps.prefill(
-            params,
-            experiment.put(prepared.view["keyframes"]),
-            self._encode(params, experiment.put(pixel)),
-            seed,
-          )
-          rollout = jax.device_get(self._steps.decode(apart, begun).rollout)
-          lists = read_lists(
-            experiment,
-            prepared,
-            rollout.token,
-            rollout.mask,
-            num_frames=self.num_frames,
-          )
+          prepared, lists = self.read(batch)
           real = sum(sample.video not in skipped for sample in rows)
           yield Choice(prepared, real, lists)
         bar.advance(len(rows))
+    self.unload()
 
 
 def batch_rows(experiment: experiment_lib.Experiment) -> int:
@@ -453,10 +473,10 @@ class _OnDev:
   def __init__(self, measure):
     self._measure = measure
 
-  def run(self, params: dict) -> dict[str, evaluate.Judged]:
+  def run(self, params: dict) -> dict[str, held_out.Judged]:
     """As `Evaluator.run`, under the keyframes view."""
     correct, score = self._measure(params)
-    return {"keyframes": evaluate.Judged(correct, [], score)}
+    return {"keyframes": held_out.Judged(correct, [], score)}
 
 
 # ------------------------------------------------------------------ the stages
@@ -515,7 +535,7 @@ def train_stage(stage: Stage, train_it) -> dict:
   """
   folder, config = stage.experiment.workdir, stage.experiment.config
   store = checkpoint.Checkpoints(
-    folder / "checkpoints" / stage.kind, keep=config.checkpoint.keep
+    folder / "checkpoints" / stage.kind, **config.checkpoint
   )
   resume = {}
   if store.latest_step() is not None:
@@ -539,13 +559,23 @@ class Amplifier:
   Args:
     config: of configs/viarl.py.
     workdir: of the run.
+    guard: is told how far the run is.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    guard: lifecycle.Guard,
+  ):
     self.config, self.workdir = config, workdir
     self.num_frames = config.amplify.num_frames
-    self.of_selector = experiment_lib.build(selector_config(config), workdir)
-    self.of_answerer = experiment_lib.build(answerer_config(config), workdir)
+    self.of_selector, self.of_answerer = (
+      dataclasses.replace(
+        experiment_lib.build(of_policy(config), workdir), guard=guard
+      )
+      for of_policy in (selector_config, answerer_config)
+    )
     self._selector = Selector(self.of_selector, self.num_frames)
     self._answerer = Answerer(self.of_answerer)
 
@@ -570,6 +600,7 @@ class Amplifier:
         ),
         num_candidates=prepared.keyframes.index.shape[1],
         reasoning=experiment.config.answers.reasoning,
+        between=experiment.config.sft.between,
       )
 
     def hits(params):
@@ -613,6 +644,7 @@ class Amplifier:
           batch_size=size,
           scan_frames=settings.scan_frames,
           scan_size_px=settings.scan_size_px,
+          decoder=experiment.decoder,
         )
         assert not skipped, "dev was read when the run began"
         score = self._answerer.score(batch, choose and choose(batch)[0])
@@ -711,7 +743,7 @@ class Amplifier:
               "hit": bool(verdict.component["hit"][n, 0]),
             }
             lines.append(json.dumps(row) + "\n")
-      telemetry.write_text(path, "".join(lines))
+      disk.write_text(path, "".join(lines))
     return {row["id"]: row["frames"] for row in telemetry.read_rows(path)}
 
   # -- how they stand
@@ -788,12 +820,23 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   Raises:
     ValueError: settings that do not fit together, another config or other data
-      than the workdir's.
+      than the workdir's, or another run that is using it.
+    lifecycle.Stopped: by a signal or the time limit; everything is saved.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   check(config)
   train.check_same_config(config, workdir)
-  both = Amplifier(config, workdir)
+  with lifecycle.Guard(workdir, **config.runtime) as guard:
+    _run(config, workdir, guard)
+
+
+def _run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  guard: lifecycle.Guard,
+) -> None:
+  guard.enter("data")
+  both = Amplifier(config, workdir, guard)
   train.check_same_data(both.of_selector.data_hash, workdir)
   about = experiment_lib.summary(both.of_selector)
   of_answerer = experiment_lib.summary(both.of_answerer)

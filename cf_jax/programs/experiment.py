@@ -23,10 +23,14 @@ import ml_collections
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 
-from cf_jax import policy, sampling, views
+from cf_jax import policy, report, sampling, views
 from cf_jax.data import (
   answers,
+  datasets,
+  decoding,
+  footage,
   pipeline,
   prompts,
   records,
@@ -36,11 +40,12 @@ from cf_jax.data import (
 from cf_jax.models import config as model_config
 from cf_jax.models import kernels, layers, vlm
 from cf_jax.programs import policies
-from cf_jax.runtime import optim, sharding, telemetry
+from cf_jax.runtime import lifecycle, optim, processes, sharding, telemetry
 from cf_jax.types import TrainState, View
 
 SPLITS = ("train", "dev", "test")
 _PROBED_VIDEOS = 256  # for the width of time labels
+_HELD_OUT_VIDEOS = 256  # of each public dataset, for dev and for test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Experiment:
     banned: bool[V] ids that are never sampled.
     data_hash: of every question, answer and video name.
     peak: what the devices can multiply, below all utilisation.
+    guard: is told how far the run is, and says when it has to stop.
+    decoder: reads the files of all splits; loaders and readers share it.
   """
 
   config: ml_collections.ConfigDict
@@ -72,27 +79,63 @@ class Experiment:
   banned: np.ndarray
   data_hash: str
   peak: telemetry.Peak
+  guard: lifecycle.Guard = dataclasses.field(default_factory=lifecycle.Guard)
+  decoder: pipeline.Decoder = dataclasses.field(
+    default_factory=decoding.Decoder
+  )
 
   @property
   def grid(self) -> tuple[int, int]:
     """(height, width) of a frame in patches."""
     return self.make_views.grid
 
-  def loader(self, split: str, **overrides) -> Any:
-    """A grain iterator over one split, sharded over processes."""
+  @property
+  def share(self) -> tuple[int, int]:
+    """This process's part of every batch: (number, of how many)."""
+    return sharding.batch_share(self.mesh)
+
+  def loader(self, split: str, *, batch_size: int, **overrides) -> Any:
+    """A grain iterator over this process's part of one split's batches.
+
+    Args:
+      split: a key of `samples`.
+      batch_size: videos a batch, of all processes together.
+      **overrides: of `config.data.loader`.
+    """
+    index, count = self.share
     settings = dict(self.config.data.loader) | overrides
+    settings["batch_size"] = batch_size // count
     return pipeline.make_loader(
       self.samples[split],
       seed=self.config.seed,
       max_skip_fraction=self.config.data.max_skip_fraction,
-      shard_index=jax.process_index(),
-      shard_count=jax.process_count(),
+      shard_index=index,
+      shard_count=count,
+      decoder=self.decoder,
       **settings,
     )
 
   def put(self, tree: Any) -> Any:
-    """Batch-leading numpy arrays to devices, split over data and fsdp."""
+    """This process's rows of a batch to devices, split over data and fsdp."""
     return sharding.put_batch(tree, self.mesh)
+
+  def gather(self, rows: Sequence[Any]) -> list[Any]:
+    """The rows of a whole batch, from every process's own; JSON-able."""
+    index, count = self.share
+    parts = dict(processes.exchange([index, list(rows)]))
+    return list(itertools.chain(*(parts[n] for n in range(count))))
+
+  def own_rows(self, rows: np.ndarray) -> np.ndarray:
+    """This process's rows of an array that every process has whole."""
+    index, count = self.share
+    size = len(rows) // count
+    return rows[index * size : (index + 1) * size]
+
+  def loader_states(self, state: dict) -> dict:
+    """What a checkpoint keeps of all processes' loaders."""
+    if processes.count() == 1:
+      return state
+    return {"hosts": self.gather([state])}
 
 
 def load_samples(
@@ -101,6 +144,8 @@ def load_samples(
   cache_dir: str,
   synthetic_set: dict,
   seed: int,
+  dataset: dict | None = None,
+  allow_outside: bool = False,
 ) -> dict[str, list[records.Sample]]:
   """Samples of every split.
 
@@ -108,9 +153,14 @@ def load_samples(
     source: "synthetic", or "jsonl:PATH" for a user's manifest. A folder with
       `train.jsonl`, `dev.jsonl`, `test.jsonl` gives the splits; of a single
       file, the last tenth of the videos is `test`, the tenth before it `dev`.
+      So it is with "dataset:NAME=ROOT,NAME=ROOT", public datasets of
+      `datasets.DATASETS` and the folders of their local copies, but that at
+      most 256 videos of each are held out for test, and 256 for dev.
     cache_dir: where generated sets lie.
     synthetic_set: keyword arguments of `synthetic.ensure`.
     seed: generator seed of the built-in set.
+    dataset: more keyword arguments of `datasets.read`; None gives none.
+    allow_outside: of `records.load_jsonl`.
 
   Raises:
     ValueError: an unknown source or a bad manifest.
@@ -119,32 +169,75 @@ def load_samples(
     root = synthetic.ensure(cache_dir, seed=seed, **synthetic_set)
     return {split: synthetic.load(root, split) for split in SPLITS}
   kind, _, path = source.partition(":")
+  if kind == "dataset" and path:
+    parts = [
+      hold_out(
+        _read_dataset(pair, dataset or {}, prefix="," in path),
+        pair,
+        most=_HELD_OUT_VIDEOS,
+      )
+      for pair in path.split(",")
+    ]
+    return {
+      split: list(itertools.chain(*(part[split] for part in parts)))
+      for split in SPLITS
+    }
   if kind != "jsonl" or not path:
     raise ValueError(
-      f"data.source must be 'synthetic' or 'jsonl:PATH', got {source!r};"
-      " change config.data.source"
+      "data.source must be 'synthetic', 'jsonl:PATH' or 'dataset:NAME=ROOT',"
+      f" got {source!r}; change config.data.source"
     )
   path = pathlib.Path(path)
+  read = functools.partial(records.load_jsonl, allow_outside=allow_outside)
   if path.is_dir():
-    made = {
-      split: records.load_jsonl(path / f"{split}.jsonl") for split in SPLITS
-    }
+    made = {split: read(path / f"{split}.jsonl") for split in SPLITS}
     warn_of_shared_videos(made)
     return made
-  everything = records.load_jsonl(path)
-  videos = list(dict.fromkeys(sample.video for sample in everything))
+  return hold_out(read(path), str(path))
+
+
+def _read_dataset(
+  pair: str, settings: dict, *, prefix: bool
+) -> list[records.Sample]:
+  name, equals, root = pair.partition("=")
+  if not equals or not root:
+    raise ValueError(
+      f"got {pair!r} in 'dataset:...', expected NAME=ROOT; change"
+      " config.data.source"
+    )
+  made = datasets.read(name, root=root, **settings)
+  if not prefix:
+    return made
+  return [sample._replace(id=f"{name}/{sample.id}") for sample in made]
+
+
+def hold_out(
+  samples: Sequence[records.Sample], source: str, *, most: int | None = None
+) -> dict[str, list[records.Sample]]:
+  """The last tenth of the videos as test, the tenth before it as dev.
+
+  Args:
+    samples: all questions; those about one video stay together.
+    source: where they are from, for the error.
+    most: videos in test, and in dev; None sets no limit.
+
+  Raises:
+    ValueError: fewer than ten videos.
+  """
+  videos = list(dict.fromkeys(sample.video for sample in samples))
   tenth = len(videos) // 10
   if tenth < 1:
     raise ValueError(
-      f"{path} has {len(videos)} videos, expected at least 10 to hold out"
+      f"{source} has {len(videos)} videos, expected at least 10 to hold out"
       " a dev and a test tenth; give a folder with train.jsonl, dev.jsonl and"
       " test.jsonl in config.data.source"
     )
+  tenth = min(tenth, most or tenth)
   split_of = dict.fromkeys(videos, "train")
   split_of |= dict.fromkeys(videos[-2 * tenth :], "dev")
   split_of |= dict.fromkeys(videos[-tenth:], "test")
   made = {split: [] for split in SPLITS}
-  for sample in everything:
+  for sample in samples:
     made[split_of[sample.video]].append(sample)
   return made
 
@@ -169,6 +262,8 @@ def build(
   workdir: pathlib.Path,
   *,
   described: tuple[model_config.VLMConfig, prompts.Tokenizer] | None = None,
+  samples: dict[str, list[records.Sample]] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Experiment:
   """Reads the config and makes everything that does not train.
 
@@ -177,40 +272,34 @@ def build(
     workdir: where everything of the run is kept.
     described: of a policy from elsewhere (`policies.describe`); None makes
       model and tokenizer as the config says.
+    samples: split -> samples, of a program that looks through a run's eyes at
+      other videos; None reads those of the config.
+    mesh: of that program; None makes the config's.
   """
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = mesh or sharding.make_mesh(**config.mesh)
   if described is None:
     tokenizer = prompts.load_tokenizer(policies.tokenizer_folder(config))
     described = policies.make_model(config, tokenizer), tokenizer
   model, tokenizer = described
   check_prompt(config, model)
-  check_batches(config, mesh)
+  if mesh.size > 1:
+    check_mesh(config, model, mesh)
+    model = dataclasses.replace(model, mesh=mesh)
+  if samples is None:
+    check_batches(config, mesh)
   check_attention(model)
   sampling.check_settings(**config.sampling)
-  samples = load_samples(
-    source=config.data.source,
-    cache_dir=config.data.cache_dir,
-    synthetic_set=dict(config.data.synthetic),
-    seed=config.data.seed,
+  decoder = pipeline.make_decoder(
+    decode=config.data.decode,
+    limits=config.data.limits,
+    frame_cache=config.data.frame_cache,
+    # The built-in videos were written by this project, a moment ago.
+    contained=samples is not None or config.data.source != "synthetic",
   )
-  skipped = {}
-  if config.data.source != "synthetic":  # those were written a moment ago
-    for split in ("dev", "test"):
-      samples[split], lost = pipeline.readable(
-        samples[split], max_skip_fraction=config.data.max_skip_fraction
-      )
-      skipped |= lost
-    list_skipped(workdir, skipped)
-  for split, rows in samples.items():
-    logging.info("%s: %d samples", split, len(rows))
-    # An unreadable truth fails here, not after an hour.
-    answers.check_samples(
-      rows,
-      components=config.answers.components,
-      has_judge=bool(config.judge.url),
-    )
+  if samples is None:
+    samples = _own_samples(config, workdir, decoder)
 
-  reader = pipeline.FrameReader(**config.data.reader)
+  reader = pipeline.FrameReader(**config.data.reader, decoder=decoder)
   encode = None
   if config.scan.descriptor == "vision":
     encode = _vision_descriptor(config, model, mesh)
@@ -245,7 +334,45 @@ def build(
     banned=tokenizer.banned_mask(model.vocab_size),
     data_hash=hash_samples(samples),
     peak=telemetry.find_peak(model.dtype),
+    decoder=decoder,
   )
+
+
+def _own_samples(config, workdir, decoder) -> dict[str, list[records.Sample]]:
+  """The config's own samples, less the held-out ones that cannot be read."""
+  samples = load_samples(
+    source=config.data.source,
+    cache_dir=config.data.cache_dir,
+    synthetic_set=dict(config.data.synthetic),
+    seed=config.data.seed,
+    allow_outside=config.data.allow_outside,
+    dataset=dict(config.data.dataset),
+  )
+  skipped = {}
+  if config.data.source != "synthetic":  # those were written a moment ago
+    for split in ("dev", "test"):
+      samples[split], lost = pipeline.readable(
+        samples[split],
+        max_skip_fraction=config.data.max_skip_fraction,
+        scan_frames=config.data.loader.scan_frames,
+        scan_size_px=config.data.loader.scan_size_px,
+        decoder=decoder,
+      )
+      if processes.count() > 1:  # what one host cannot read, all leave out
+        for other in processes.exchange(lost):
+          lost |= other
+        samples[split] = [s for s in samples[split] if s.video not in lost]
+      skipped |= lost
+    list_skipped(workdir, skipped)
+  for split, rows in samples.items():
+    logging.info("%s: %d samples", split, len(rows))
+    # An unreadable truth fails here, not after an hour.
+    answers.check_samples(
+      rows,
+      components=config.answers.components,
+      has_judge=bool(config.judge.url),
+    )
+  return samples
 
 
 def check_prompt(
@@ -260,6 +387,26 @@ def check_prompt(
     )
 
 
+def check_mesh(
+  config: ml_collections.ConfigDict,
+  model: model_config.VLMConfig,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Raises a ValueError where a run cannot be divided over its devices."""
+  sharding.check_model(model, mesh)
+  parts, slots = mesh.shape["context"], config.prompt.max_tokens
+  if slots % parts:
+    raise ValueError(
+      f"config.prompt.max_tokens={slots} does not divide over"
+      f" config.mesh.context={parts}; set it to {slots + -slots % parts}"
+    )
+  if processes.count() > 1 and "selector" in config and config.selector.learn:
+    raise ValueError(
+      f"config.selector.learn=True serves one process, got"
+      f" {processes.count()}; set it to False, or config.distributed"
+    )
+
+
 def check_batches(
   config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> None:
@@ -270,7 +417,7 @@ def check_batches(
   ):
     if stage in config and config[stage][steps]:
       sharding.check_batch(
-        config[stage][rows] * jax.process_count(),
+        config[stage][rows],
         mesh,
         micro_batches=config[stage].micro_batches,
         setting=f"config.{stage}.{rows}",
@@ -307,7 +454,7 @@ def longest_prompt(experiment: Experiment) -> int:
   some = list(distinct.values())[:_PROBED_VIDEOS]
   for sample in some:
     with contextlib.suppress(video.VideoError):  # skipped, and counted, later
-      info = pipeline.decoder_of(sample.video).probe(sample.video)
+      info = experiment.decoder.probe(footage.of_sample(sample))
       duration_s = max(duration_s, info.duration_s)
   count, wordiest = max(
     (
@@ -347,9 +494,29 @@ def hash_samples(samples: dict[str, list[records.Sample]]) -> str:
   digest = hashlib.sha256()
   for split, rows in sorted(samples.items()):
     for row in rows:
-      said = (split, *row._replace(video=pathlib.Path(row.video).name))
+      paths = {
+        name: pathlib.Path(getattr(row, name)).name
+        for name in ("video", "image", "subtitles")
+      }
+      said = (split, *_told(row._replace(**paths)))
       digest.update(repr(said).encode())
   return digest.hexdigest()[:16]
+
+
+def _told(row: records.Sample) -> list:
+  """What a sample says; of the fields from `groups` on those that are given.
+
+  So samples without them keep the hash that they had before there were any.
+  """
+  first = row._fields.index("groups")
+  return [
+    *row[:first],
+    *(
+      (name, value)
+      for name, value in zip(row._fields[first:], row[first:])
+      if value != row._field_defaults[name]
+    ),
+  ]
 
 
 def summary(experiment: Experiment) -> dict[str, str]:
@@ -405,7 +572,7 @@ def summary(experiment: Experiment) -> dict[str, str]:
     " longest question's prompt (limit"
     f" {config.prompt.max_tokens}),"
     f" up to {config.sampling.max_tokens} new",
-    "KF-GRPO": f"{config.rl.steps} updates of {batch} prompts"
+    report.method_name(config): f"{config.rl.steps} updates of {batch} prompts"
     + (f" x {many} selections" if learns else "")
     + f" x {group} completions; an epoch is"
     f" {len(experiment.samples['train']) // batch} updates",
@@ -426,8 +593,27 @@ def _vision_descriptor(config, model, mesh):
   its feet while the policy trains.
   """
   params = policies.initial_params(config, model, mesh)
+  if processes.count() > 1:
+    # Each process looks at videos of its own, whatever the others are at.
+    params = multihost_utils.process_allgather(
+      {"vision": params["vision"]}, tiled=True
+    )
+    model = dataclasses.replace(model, mesh=None)
+  return scan_embedder(model, params, config.data.loader.scan_size_px)
+
+
+def scan_embedder(
+  model: model_config.VLMConfig, params: dict, size_px: tuple[int, int]
+) -> Callable[[np.ndarray], jax.Array]:
+  """uint8[B, T, h, w, 3] -> [B, T, E] by a vision tower.
+
+  Args:
+    model: its shape.
+    params: with its parameters under "vision"; no others are kept.
+    size_px: (h, w).
+  """
   embed = policy.make_frame_embedder(
-    model, {"vision": params["vision"]}, config.data.loader.scan_size_px
+    model, {"vision": params["vision"]}, size_px
   )
 
   def embed_scans(scan):
@@ -469,6 +655,50 @@ def stage_optimizer(
   return optim.make_optimizer(params, **settings)
 
 
+def _fresh_state(optimizer, rng, trained):
+  return TrainState(
+    step=jnp.int32(0),
+    params=trained,
+    opt_state=optimizer.init(trained),
+    rng=jax.random.key_data(rng),
+  )
+
+
+def describe_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
+  """A stage whose state is shapes and shardings: nothing is computed.
+
+  Args:
+    experiment: from `build`.
+    stage: "sft" or "rl", a key of the config with `optim` under it.
+    params: all parameters, or their shapes.
+  """
+  optimizer = stage_optimizer(experiment.config, stage, params)
+  trained, frozen = optim.split(
+    params, policies.frozen_patterns(experiment.config, stage)
+  )
+  shapes = jax.eval_shape(
+    functools.partial(_fresh_state, optimizer), jax.random.key(0), trained
+  )
+  shardings = sharding.tree_shardings(
+    shapes, experiment.mesh, sharding.STATE_RULES
+  )
+  return Stage(
+    state=jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      shapes,
+      shardings,
+    ),
+    frozen=frozen,
+    state_shardings=shardings,
+    frozen_shardings=sharding.tree_shardings(
+      frozen, experiment.mesh, sharding.PARTITION_RULES
+    ),
+    optimizer=optimizer,
+  )
+
+
 def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
   """A fresh TrainState of a stage.
 
@@ -478,36 +708,17 @@ def make_stage(experiment: Experiment, stage: str, params: dict) -> Stage:
     params: all parameters, where the stage starts; the state takes over the
       buffers of those that it trains.
   """
-  optimizer = stage_optimizer(experiment.config, stage, params)
-  trained, frozen = optim.split(
+  made = describe_stage(experiment, stage, params)
+  trained, _ = optim.split(
     params, policies.frozen_patterns(experiment.config, stage)
   )
-
-  def fresh(rng, trained):
-    return TrainState(
-      step=jnp.int32(0),
-      params=trained,
-      opt_state=optimizer.init(trained),
-      rng=jax.random.key_data(rng),
-    )
-
+  fresh = jax.jit(
+    functools.partial(_fresh_state, made.optimizer),
+    out_shardings=made.state_shardings,
+    donate_argnums=1,
+  )
   rng = jax.random.key(experiment.config.seed)
-  shardings = sharding.tree_shardings(
-    jax.eval_shape(fresh, rng, trained),
-    experiment.mesh,
-    sharding.STATE_RULES,
-  )
-  return Stage(
-    state=jax.jit(fresh, out_shardings=shardings, donate_argnums=1)(
-      rng, trained
-    ),
-    frozen=frozen,
-    state_shardings=shardings,
-    frozen_shardings=sharding.tree_shardings(
-      frozen, experiment.mesh, sharding.PARTITION_RULES
-    ),
-    optimizer=optimizer,
-  )
+  return made._replace(state=fresh(rng, trained))
 
 
 class SampleSteps(NamedTuple):
@@ -544,9 +755,14 @@ def make_sample_steps(
   model, eos_id = experiment.model, experiment.tokenizer.eos_id
   banned = jnp.asarray(experiment.banned)
 
+  def laid(decoding):
+    return sharding.constrain(
+      decoding, experiment.mesh, sharding.DECODING_RULES
+    )
+
   @jax.jit
   def prefill_step(params, view: View, encoded, seed, settings):
-    return sampling.start(
+    begun = sampling.start(
       model,
       params,
       view.prompt,
@@ -558,19 +774,26 @@ def make_sample_steps(
       eos_id=eos_id,
       **settings,
     )
+    return laid(begun)
 
   @functools.partial(jax.jit, donate_argnums=1)
   def decode_step(params, decoding: sampling.Decoding, settings):
-    return sampling.advance(
+    ended = sampling.advance(
       model, params, decoding, max_tokens, banned, eos_id=eos_id, **settings
     )
+    return laid(ended)
 
   return SampleSteps(
     unstack=jax.jit(
-      functools.partial(vlm.unstacked, model), static_argnames="rows"
+      functools.partial(
+        vlm.unstacked,
+        model,
+        platform=experiment.mesh.devices.flat[0].platform,
+      ),
+      static_argnames="rows",
     ),
-    prefill=lambda *args: prefill_step(*args, settings),
-    decode=lambda *args: decode_step(*args, settings),
+    prefill=functools.partial(prefill_step, settings=settings),
+    decode=functools.partial(decode_step, settings=settings),
   )
 
 
@@ -628,7 +851,7 @@ class Stream:
     experiment: from `build`.
     split: "train", "dev" or "test".
     arms: views to make.
-    batch_size: videos a batch, of this process.
+    batch_size: videos a batch, of all processes together.
     first: number of the first batch; it seeds the permutations.
     loader_state: to go on after, from an earlier batch; None starts anew.
     views_made: False gives the loader's batches as they are, where what a view
@@ -669,20 +892,24 @@ class Stream:
         begin = time.perf_counter()
         with jax.profiler.TraceAnnotation("video"):
           try:
-            batch = next(self._loader)
+            prepared = self._prepare()
           finally:
             if self._loader.skipped_total > known:
               list_skipped(self._experiment.workdir, self._loader.skipped)
-          prepared = batch
-          if self._views_made:
-            prepared = self._experiment.make_views(
-              batch, self._arms, draw=self._next
-            )
         self._next += 1
         spent_s = time.perf_counter() - begin
         self._offer((prepared, self._loader.get_state(), spent_s))
     except Exception as error:  # handed to the loop, which raises it
       self._offer(error)
+
+  def _prepare(self) -> views.Prepared | pipeline.Batch:
+    batch = next(self._loader)
+    while self._views_made:
+      try:
+        return self._experiment.make_views(batch, self._arms, draw=self._next)
+      except video.VideoError as error:  # scanned, and then not read
+        batch = self._loader.without(batch, error.path, str(error))
+    return batch
 
   def _offer(self, item) -> None:
     while not self._closed.is_set():

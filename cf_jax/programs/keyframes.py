@@ -34,8 +34,8 @@ import rich.console
 from absl import logging
 from flax import traverse_util
 
-from cf_jax import descriptor, selectors, tad
-from cf_jax.data import video
+from cf_jax import descriptor, disk, selectors, tad
+from cf_jax.data import frame_size, video, video_stream
 from cf_jax.models import config as model_config
 from cf_jax.runtime import sharding, telemetry
 from cf_jax.types import Keyframes
@@ -295,13 +295,14 @@ def look(
   identity = _identity(source.path)
   (folder / RECORD_FILE).unlink(missing_ok=True)
   begin = time.monotonic()
-  stream = video.Stream(
+  stream = video_stream.FrameStream(
     source.path,
     embedder.size_px,
     chunk=embedder.chunk,
     fps=config.fps,
     num_threads=num_threads,
     parts=parts,
+    limits=video.Limits(**config.limits),
   )
   embedding, number = _scan(stream, embedder, advance)
   chosen, score = _choose(config, embedding)
@@ -410,7 +411,9 @@ def _identity(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _scan(
-  stream: video.Stream, embedder: Embedder, advance: Callable[[int], None]
+  stream: video_stream.FrameStream,
+  embedder: Embedder,
+  advance: Callable[[int], None],
 ) -> tuple[np.ndarray, np.ndarray]:
   """float[T, E] and int64[T] numbers of the frames that were taken."""
   rows, waiting, told = collections.defaultdict(list), None, 0
@@ -483,7 +486,7 @@ def _choose(
   )
 
 
-def _facts(stream: video.Stream) -> dict[str, Any]:
+def _facts(stream: video_stream.FrameStream) -> dict[str, Any]:
   """What is known of a file that was decoded to its end; times in seconds."""
   info, time_s = stream.info, np.asarray(stream.time_s)
   step_s = np.diff(time_s)
@@ -518,7 +521,7 @@ def _write_pictures(
   folder: pathlib.Path,
   names: list[str],
   number: np.ndarray,
-  stream: video.Stream,
+  stream: video_stream.FrameStream,
   parts: int,
 ) -> np.ndarray:
   """Writes the keyframes at full size; returns them small: uint8[K, h, w, 3].
@@ -533,13 +536,15 @@ def _write_pictures(
   def write(slots: np.ndarray) -> None:
     wanted = number[slots].tolist()
     for slot, frame in zip(
-      slots.tolist(), video.pick_frames(path, wanted, stream), strict=True
+      slots.tolist(),
+      video_stream.pick_frames(path, wanted, stream),
+      strict=True,
     ):
-      small[slot] = video.resize_frame(frame, (height, width), "area")
+      small[slot] = frame_size.resize_frame(frame, (height, width), "area")
       _, data = cv2.imencode(
         suffix, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PICTURES[suffix[1:]]
       )
-      (folder / names[slot]).write_bytes(data)
+      disk.write(folder / names[slot], data.tobytes())
 
   parts = min(parts, len(names)) if stream.seekable else 1
   with concurrent.futures.ThreadPoolExecutor(parts) as pool:
@@ -606,7 +611,9 @@ def run(
       if done:
         records[source.name] = done
       else:
-        lengths[source] = video.probe(source.path).num_frames
+        lengths[source] = video.probe(
+          source.path, limits=video.Limits(**config.limits)
+        ).num_frames
     except (ValueError, OSError) as error:
       failed[source.name] = str(error)
   if records:

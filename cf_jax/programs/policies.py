@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -239,7 +240,7 @@ def describe(
       " a run's workdir"
     )
   if is_run(path):
-    config = _run_config(folder, init_from)
+    config = run_config(folder, init_from)
     tokenizer = prompts.load_tokenizer(tokenizer_folder(config))
     return make_model(config, tokenizer), tokenizer
   if not (folder / "config.json").is_file():
@@ -260,6 +261,7 @@ def load_policy(
   dtype: str | None = None,
   init_from: str = "",
   described: tuple[model_config.VLMConfig, prompts.Tokenizer] | None = None,
+  stages: Sequence[str] = STAGES,
 ) -> Policy:
   """Opens a Qwen2.5-VL directory or a run's workdir.
 
@@ -273,6 +275,7 @@ def load_policy(
     init_from: where the directory that a run started from lies now; "" is
       where it lay.
     described: what `describe` gave, to open nothing twice.
+    stages: of a run, those whose checkpoints count.
 
   Raises:
     ValueError: neither kind of directory, or one that cannot be read.
@@ -280,8 +283,8 @@ def load_policy(
   model, tokenizer = described or describe(path, init_from)
   folder = pathlib.Path(path)
   if is_run(path):
-    config = _run_config(folder, init_from)
-    return _load_run(folder, config, model, tokenizer, mesh, dtype)
+    config = run_config(folder, init_from)
+    return _load_run(folder, config, model, tokenizer, mesh, dtype, stages)
   model, params = hf_weights.load_hf(folder, mesh, dtype=dtype)
   return Policy(model, params, tokenizer, folder, str(folder))
 
@@ -348,10 +351,18 @@ def load_vision(
   return model, params, str(path)
 
 
-def _run_config(
-  workdir: pathlib.Path, init_from: str
+def run_config(
+  workdir: pathlib.Path, init_from: str = ""
 ) -> ml_collections.ConfigDict:
-  """What a run was started with."""
+  """What a run was started with.
+
+  Args:
+    workdir: of the run.
+    init_from: as in `load_policy`.
+
+  Raises:
+    ValueError: the directory that it started from is not there.
+  """
   config = ml_collections.ConfigDict(telemetry.read_manifest(workdir)["config"])
   config.init_from = init_from or config.init_from
   config.model.attention = "auto"  # the run's kernel was its machine's
@@ -363,14 +374,14 @@ def _run_config(
   return config
 
 
-def _load_run(workdir, config, model, tokenizer, mesh, dtype):
+def _load_run(workdir, config, model, tokenizer, mesh, dtype, stages):
   template = abstract_params(config, model, mesh)
   params, newest = {}, None
-  for stage in reversed(STAGES):  # later stages win over earlier ones
+  for stage in reversed(stages):  # later stages win over earlier ones
     folder = workdir / "checkpoints" / stage
     if not folder.is_dir():
       continue
-    store = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
+    store = checkpoint.Checkpoints(folder, keep=1, read_only=True)
     try:
       if store.latest_step() is None:
         continue

@@ -22,8 +22,15 @@ from absl import logging
 from cf_jax import grpo, rewards, sampling, views
 from cf_jax.data import answers
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import policies, rl_steps, scorer, verdicts, work
-from cf_jax.runtime import checkpoint, optim, sharding, telemetry
+from cf_jax.programs import (
+  held_out,
+  policies,
+  rl_steps,
+  scorer,
+  verdicts,
+  work,
+)
+from cf_jax.runtime import checkpoint, lifecycle, optim, sharding, telemetry
 from cf_jax.types import Experience, OtherView, TrainState, Verdict
 
 # Metrics of an update that tell what it started from, not where it led.
@@ -33,6 +40,7 @@ CONTRASTS = ("rollout", "threshold", "margin", "none")
 SALIENCIES = ("evidence", "deletion", "weighted_deletion", "none")
 PLACEBOS = ("none", "random", "other_prompt")
 ADVANTAGES = ("group", "reinforce")
+MAX_REWARD = 1e6
 
 
 # -------------------------------------------------------------------- settings
@@ -274,10 +282,10 @@ class Collector:
       old = None if old is None else old[:, 0]
 
     with timer("judge"):
-      token, mask = jax.device_get((rollout.token, rollout.mask))
+      token, mask = sharding.local((rollout.token, rollout.mask))
       verdict = self._judge(prepared, token, mask)
       other_verdicts = {
-        arm: self._judge(prepared, *jax.device_get((other.token, other.mask)))
+        arm: self._judge(prepared, *sharding.local((other.token, other.mask)))
         for arm, other in sampled.items()
       }
       seen = {
@@ -339,7 +347,7 @@ class Collector:
       experience = self._experience(
         view, rollout, scored, reference, under, scored_views, on_device
       ).replace(pixel=pixel, encoded=encoded, old_logprob=old)
-      scored = jax.device_get(scored)
+      scored = sharding.local(scored)
       self.moments = scored.moments
       for arm in watched:
         scored.metrics[f"arm/{arm}"] = np.mean(seen[arm])
@@ -472,6 +480,7 @@ def train_policy(
   *,
   judge: verdicts.Reader | None = None,
   learned: scorer.Scorer | None = None,
+  dev: held_out.Evaluator | None = None,
 ) -> dict:
   """Rollouts, verdicts, contrasts, advantages, one batch's updates a step.
 
@@ -484,6 +493,7 @@ def train_policy(
     judge: what reads the completions; None: `verdicts.make_judge`.
     learned: draws the keyframes and is trained beside the policy, once for
       every batch; it goes on from the same checkpoint. None: they are fixed.
+    dev: answers the dev split, every `rl.eval_every` updates.
 
   Returns:
     All parameters after the last update.
@@ -516,7 +526,7 @@ def train_policy(
   if first >= config.steps:
     return params
 
-  timer = telemetry.PhaseTimer(experiment.peak)
+  timer = telemetry.PhaseTimer(experiment.peak, parts=experiment.share[1])
   collect = Collector(
     experiment, stage, start_params, timer, moments=moments, judge=judge
   )
@@ -544,6 +554,7 @@ def train_policy(
     telemetry.progress(
       "reinforcement", config.steps, start=first, unit="update"
     ) as bar,
+    experiment.guard.loop("reinforcement", config.steps, start=first),
   ):
     for step in range(first + 1, config.steps + 1):
       with timer.outside():  # a trace may be written
@@ -561,18 +572,23 @@ def train_policy(
             prepared = collect.views_of(drawn, draw=num_batches)
         with collect.may_compile(compiles, step):
           batch = collect(params, prepared, rng, step)
+        check_rewards(batch, step)
         taken.append(batch)
         if learned is not None:
           with timer("select"):
             taught.append(learned.update(drawn, batch.scored.main))
-        spread = batch.scored.spread
+        spread = np.asarray(
+          experiment.gather(batch.scored.spread.tolist()), bool
+        )
         if experience is None:
           experience, teaches = batch.experience, spread
         else:
           row = useful_first(teaches, spread)
           with compiles.warm_up("choose"):
             experience = choose_step(
-              experience, batch.experience, experiment.put(row)
+              experience,
+              batch.experience,
+              experiment.put(experiment.own_rows(row)),
             )
           teaches = np.concatenate([teaches, spread])[row]
         # Its frames would lie beside the next batch's.
@@ -617,8 +633,14 @@ def train_policy(
         reward=float(metrics["reward/mean"]),
         correct=float(metrics["reward/correct"]),
       )
+      with timer.outside():
+        stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
+      if dev and config.eval_every and step % config.eval_every == 0:
+        with timer.outside(), compiles.warm_up("evaluate"):
+          judged = dev.run(params)["keyframes"]
+        metrics["dev_accuracy"] = float(np.mean(judged.correct))
       if step % config.log_every == 0 or step == config.steps:
         for task, score in collect.by_task(taken[-1].scored).items():
           metrics[f"accuracy/{task}"] = score
@@ -628,7 +650,9 @@ def train_policy(
           metrics
           | timer.collect()
           | {
-            "data/skipped_total": len(loader_state["skipped"]),
+            "data/skipped_total": len(
+              set(experiment.gather(loader_state["skipped"]))
+            ),
             "sampled/batches": len(taken),
             "sampled/groups_that_teach": int(teaches.sum()),
             "recompiles": compiles.recompiles,
@@ -637,18 +661,23 @@ def train_policy(
         writer.write_rollouts(
           step, "rl", rollout_records(experiment, taken[-1])
         )
-      if step % config.checkpoint_every == 0 or step == config.steps:
+      if stop or step % config.checkpoint_every == 0 or step == config.steps:
         writer.flush()
-        store.save(
-          step,
-          state if learned is None else learned.joint(state),
-          {
-            "loader": loader_state,
-            "frozen": fingerprint,
-            "batches": num_batches,
-            "moments": [x.tolist() for x in collect.moments],
-          },
-        )
+        with compiles.warm_up("checkpoint"):
+          store.save(
+            step,
+            state if learned is None else learned.joint(state),
+            {
+              "loader": experiment.loader_states(loader_state),
+              "frozen": fingerprint,
+              "batches": num_batches,
+              "moments": [x.tolist() for x in collect.moments],
+            },
+            metrics,
+          )
+      if stop:
+        store.wait()
+        raise lifecycle.Stopped(f"{stop} in update {step} of reinforcement")
   store.wait()
   return params
 
@@ -695,7 +724,7 @@ def train_scorer(
   if first >= config.steps:
     return
 
-  timer = telemetry.PhaseTimer(experiment.peak)
+  timer = telemetry.PhaseTimer(experiment.peak, parts=experiment.share[1])
   rng = jax.random.key(experiment.config.seed)
   nothing = TrainState(
     step=jnp.int32(0), params={}, opt_state=(), rng=jax.random.key_data(rng)
@@ -715,11 +744,18 @@ def train_scorer(
       views_made=False,
     ) as stream,
     telemetry.CompileCounter() as compiles,
+    telemetry.Tracer(
+      telemetry.parse_updates(experiment.config.profile, config.steps),
+      experiment.workdir / "profile",
+    ) as tracer,
     telemetry.progress(
       "learned selection", config.steps, start=first, unit="update"
     ) as bar,
+    experiment.guard.loop("learned selection", config.steps, start=first),
   ):
     for step in range(first + 1, config.steps + 1):
+      with timer.outside():  # a trace may be written
+        tracer.step(step)
       with timer("data"):
         batch, loader_state = next(stream)
         timer.add("video", stream.prepare_s)
@@ -733,6 +769,7 @@ def train_scorer(
           answered = collect(
             params, prepared, jax.random.fold_in(sample_rng, step), step
           )
+        check_rewards(answered, step)
         main = answered.scored.main
         metrics = mean_metrics([answered.scored.metrics]) | {
           f"accuracy/{task}": score
@@ -744,6 +781,8 @@ def train_scorer(
         metrics |= learned.update(drawn, main)
       timer.step()
       bar.advance(reward=metrics["selector/reward"])
+      with timer.outside():
+        stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
       if step % config.log_every == 0 or step == config.steps:
@@ -753,17 +792,53 @@ def train_scorer(
           metrics
           | timer.collect()
           | {
-            "data/skipped_total": len(loader_state["skipped"]),
+            "data/skipped_total": len(
+              set(experiment.gather(loader_state["skipped"]))
+            ),
             "recompiles": compiles.recompiles,
           },
         )
         writer.write_rollouts(step, "rl", rollouts)
-      if step % config.checkpoint_every == 0 or step == config.steps:
+      if stop or step % config.checkpoint_every == 0 or step == config.steps:
         writer.flush()
-        store.save(
-          step, learned.state, {"loader": loader_state, "frozen": fingerprint}
-        )
+        with compiles.warm_up("checkpoint"):
+          store.save(
+            step,
+            learned.state,
+            {
+              "loader": experiment.loader_states(loader_state),
+              "frozen": fingerprint,
+            },
+            metrics,
+          )
+      if stop:
+        store.wait()
+        raise lifecycle.Stopped(f"{stop} in update {step} of the scorer")
   store.wait()
+
+
+def check_rewards(batch: Collected, step: int) -> None:
+  """Raises a FloatingPointError for a reward that no advantage can be of.
+
+  NaN, infinite, or beyond `MAX_REWARD`: squares of such lose all others in
+  float32, and a gradient of such is clipped to nothing.
+  """
+  reward = np.asarray(batch.scored.reward)
+  wrong = ~(np.abs(reward) <= MAX_REWARD)
+  if not wrong.any():
+    return
+  b, g = np.argwhere(wrong)[0]
+  parts = ", ".join(
+    f"{name} {float(value[b, g]):.4g}"
+    for name, value in batch.verdict.component.items()
+  )
+  raise FloatingPointError(
+    f"reinforcement: a reward of {reward[b, g]:.4g} at update {step}, of sample"
+    f" {batch.prepared.batch.samples[b].id!r} ({parts}, bonus"
+    f" {float(batch.scored.bonus[b, g]):.4g}); rewards must be finite and at"
+    f" most {MAX_REWARD:.0e}: see config.reward and the parameters it started"
+    " from"
+  )
 
 
 def mean_metrics(every: list[dict]) -> dict[str, float]:

@@ -18,10 +18,16 @@ import jax.numpy as jnp
 from cf_jax import grpo, masked, policy, rewards
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import sft
+from cf_jax.runtime import sharding
 from cf_jax.types import Experience, Rollout, Verdict, View
 
 # Metrics of an update that are no means: the largest of its parts counts.
 LARGEST = ("ratio_max", "mismatch_max")
+# Where what the reward step gives lies: rows with their batch, the rest whole.
+_SCORED_RULES = (
+  (r"^(main|correct|reward|bonus|advantage|spread)$", sharding.BATCH),
+  (r"", jax.sharding.PartitionSpec()),
+)
 
 
 def make_score_step(experiment: experiment_lib.Experiment):
@@ -334,7 +340,7 @@ def make_reward_step(
       advantage = grpo.group_advantages(
         reward, batch_std=batch_std, **advantage_settings
       )
-    return Scored(
+    scored = Scored(
       main=main,
       correct=correct,
       reward=reward,
@@ -345,6 +351,7 @@ def make_reward_step(
       task_mean=rewards.group_means(main, evidence.task, num_groups=num_tasks),
       metrics=metrics,
     )
+    return sharding.constrain(scored, experiment.mesh, _SCORED_RULES)
 
   return reward_step
 

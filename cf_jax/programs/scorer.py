@@ -34,8 +34,8 @@ from cf_jax.data import pipeline
 from cf_jax.evals import keyframes as keyframe_evals
 from cf_jax.models import selector, vlm
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import sft
-from cf_jax.runtime import optim, sharding
+from cf_jax.programs import policies, sft
+from cf_jax.runtime import checkpoint, optim, sharding
 from cf_jax.types import TrainState
 
 _COLD = 1e-6  # so far below a score's differences that the best frames win
@@ -433,6 +433,61 @@ class Scorer:
       put(batch.scan_mask),
       self._ask(self._words, put(token), put(mask)),
     )
+
+
+def open_scorer(
+  experiment: experiment_lib.Experiment, *, init_from: str = ""
+) -> Scorer:
+  """The scorer of a run's newest checkpoint, to choose frames.
+
+  Args:
+    experiment: the run's, its workdir too.
+    init_from: as in `policies.load_policy`.
+
+  Raises:
+    ValueError: the run has none.
+  """
+  config, workdir = experiment.config, experiment.workdir
+  if not config.selector.learn:
+    raise ValueError(
+      f"the run in {workdir} learned no selection (its config.selector.learn is"
+      " False); give another run, or another config.select"
+    )
+  if config.sft.from_run:
+    params = policies.load_start(config, experiment.model, experiment.mesh)
+  elif config.sft.max_steps:
+    params = policies.load_policy(
+      str(workdir),
+      experiment.mesh,
+      init_from=init_from,
+      described=(experiment.model, experiment.tokenizer),
+      stages=("sft",),
+    ).params
+  else:
+    params = policies.initial_params(config, experiment.model, experiment.mesh)
+  learned = Scorer(experiment, params)
+  alone = is_alone(config)
+  folder = workdir / "checkpoints" / ("selector" if alone else "rl")
+  if not folder.is_dir():
+    raise ValueError(
+      f"{workdir} holds no checkpoint of its learned selection yet; let it go"
+      " on until config.rl.checkpoint_every"
+    )
+  store = checkpoint.Checkpoints(folder, keep=1, read_only=True)
+  try:
+    found, _ = store.restore_params(
+      jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        learned.state.params,
+      ),
+      within="" if alone else "selector",
+    )
+  finally:
+    store.close()
+  learned.state = learned.state.replace(params=found)
+  return learned
 
 
 def _hits(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ Axes: `B` samples, `G` = R answers each.
 
 import collections
 import concurrent.futures
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from cf_jax import report, sampling, views
+from cf_jax import disk, report, sampling, views
 from cf_jax.data import answers, pipeline, records
-from cf_jax.programs import evaluate, policies, sft, train, verdicts
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, optim, telemetry
+from cf_jax.programs import held_out, policies, sft, train, verdicts
+from cf_jax.runtime import checkpoint, lifecycle, optim, telemetry
 
 SCORES_FILE = "scores.jsonl"
 SELECTED_FILE = "selected.jsonl"
@@ -55,7 +56,7 @@ REASONS = (
   "unreadable video",
 )
 # Settings that decide after the answers; what was answered stays as it is.
-_FREE = ("profile", "select")
+_FREE = (*train.FREE, "select")
 
 
 # ------------------------------------------------------------------- the rule
@@ -127,6 +128,7 @@ def _batches(
       batch_size=batch_size,
       scan_frames=settings.scan_frames,
       scan_size_px=settings.scan_size_px,
+      decoder=experiment.decoder,
     )
     prepared = batch and experiment.make_views(batch, ("keyframes",))
     return _Asked(numbers, prepared, skipped)
@@ -152,7 +154,7 @@ def _ask(
   parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
   batch_size = parts * -(-config.evaluation.batch_size // parts)
   del rows[len(rows) - len(rows) % batch_size :]  # a batch cut off half-way
-  telemetry.write_text(path, "".join(map(_line, rows)))
+  disk.write_text(path, "".join(map(_line, rows)))
   skipped = {row["video"]: row["unreadable"] for row in rows if "video" in row}
   max_skipped = int(config.data.max_skip_fraction * len(samples))
 
@@ -204,6 +206,7 @@ def _ask(
       file.flush()
       rows += fresh
       bar.advance(len(fresh))
+      experiment.guard.progress()
 
 
 def _row(number, sample, found, skipped) -> dict:
@@ -242,9 +245,9 @@ def _policy(
   if config.sft.from_run:
     return policies.load_start(config, experiment.model, experiment.mesh)
   store = checkpoint.Checkpoints(
-    workdir / "checkpoints" / "sft", keep=config.checkpoint.keep
+    workdir / "checkpoints" / "sft", **config.checkpoint
   )
-  dev = evaluate.Evaluator(
+  dev = held_out.Evaluator(
     experiment,
     experiment.samples["dev"],
     ("keyframes",),
@@ -286,7 +289,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   Raises:
     ValueError: another config, policy or manifest than the workdir's, a policy
-      or a manifest that cannot be read, or nothing to keep.
+      or a manifest that cannot be read, nothing to keep, or another run that is
+      using the workdir.
+    lifecycle.Stopped: by a signal or the time limit; everything is saved.
   """
   if jax.process_count() > 1:
     raise ValueError(
@@ -302,12 +307,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       "no policy to ask; set --config.policy to a Qwen2.5-VL directory or to a"
       " run's workdir"
     )
-  limits = dict(config.select)
   train.check_same_config(config, workdir, free=_FREE)
+  with lifecycle.Guard(workdir, **config.runtime) as guard:
+    _run(config, workdir, guard)
+
+
+def _run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  guard: lifecycle.Guard,
+) -> None:
+  limits = dict(config.select)
+  guard.enter("data")
   described = None
   if config.policy:
     described = policies.describe(config.policy, config.init_from)
-  experiment = experiment_lib.build(config, workdir, described=described)
+  experiment = dataclasses.replace(
+    experiment_lib.build(config, workdir, described=described), guard=guard
+  )
   train.check_same_data(experiment.data_hash, workdir)
   slots = experiment_lib.longest_prompt(experiment)
   samples = experiment.samples["train"]
@@ -356,11 +373,11 @@ def _write(
   kept = [s for s, why in zip(samples, reasons, strict=True) if why == KEPT]
   text = records.to_jsonl(kept)
   folder = workdir / SELECTED_FOLDER
-  telemetry.write_text(workdir / SELECTED_FILE, text)
-  telemetry.write_text(folder / "train.jsonl", text)
+  disk.write_text(workdir / SELECTED_FILE, text)
+  disk.write_text(folder / "train.jsonl", text)
   for split in ("dev", "test"):
     held_out = records.to_jsonl(experiment.samples[split])
-    telemetry.write_text(folder / f"{split}.jsonl", held_out)
+    disk.write_text(folder / f"{split}.jsonl", held_out)
   dropped = []
   for row, sample, why in zip(rows, samples, reasons, strict=True):
     if why != KEPT:
@@ -370,7 +387,7 @@ def _write(
       else:
         about |= _moments(row["scores"])
       dropped.append(json.dumps(about, ensure_ascii=False) + "\n")
-  telemetry.write_text(workdir / DROPPED_FILE, "".join(dropped))
+  disk.write_text(workdir / DROPPED_FILE, "".join(dropped))
   _draw(workdir / CHART_FILE, rows, samples, reasons, limits)
 
   tasks = sorted({sample.task for sample in samples})

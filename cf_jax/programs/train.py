@@ -4,6 +4,8 @@
 in `reinforce.py`.
 """
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -16,20 +18,21 @@ from absl import logging
 
 from cf_jax import report
 from cf_jax.data import chance
-from cf_jax.programs import evaluate, policies, reinforce, scorer, sft
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, telemetry
+from cf_jax.programs import held_out, policies, reinforce, scorer, sft
+from cf_jax.runtime import checkpoint, lifecycle, processes, telemetry
 
 # Name, goal in points, and the two (stage, view, task) whose accuracies differ.
+# {method} is what trained, {select} what chose the keyframes.
 GAPS = (
   (
-    "KF-GRPO over the cold start (all tasks)",
+    "{method} over the cold start (all tasks)",
     10.0,
     ("rl", "keyframes", "all"),
     ("sft", "keyframes", "all"),
   ),
   (
-    "needle: TAD over uniform frames",
+    "needle: {select} over uniform frames",
     15.0,
     ("rl", "keyframes", "needle"),
     ("rl", "uniform", "needle"),
@@ -42,27 +45,80 @@ GAPS = (
   ),
 )
 
+# Settings that may differ from start to start: what is traced, kept and shown.
+FREE = ("profile", "runtime", "checkpoint", "data.decode", "data.frame_cache")
+
 
 # ------------------------------------------------------------------------ run
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """The whole of it. Interrupted, the same call goes on where it was."""
-  begin = time.monotonic()
+  """The whole of it. Interrupted, the same call goes on where it was.
+
+  Raises:
+    ValueError: settings that do not fit together, another config or other data
+      than the workdir's, or another run that is using it.
+    lifecycle.Stopped: by a signal or the time limit; everything is saved.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
-  results_path = workdir / "results.json"
   policies.make_paths_absolute(config)
   check_same_config(config, workdir)
   telemetry.parse_updates(config.profile, config.rl.steps)  # or fail at once
   scorer.check(config)
-  if (workdir / "report.html").exists() and results_path.exists():
+  if not config.report.stages or set(config.report.stages) - set(
+    policies.STAGES
+  ):
+    raise ValueError(
+      "config.report.stages must be one or more of"
+      f" {policies.STAGES}, got {tuple(config.report.stages)}"
+    )
+  if is_complete(workdir):
     logging.info(
-      "this run is complete; its report is %s", workdir / "report.html"
+      "this run is complete; its report is %s", workdir / report.REPORT_FILE
     )
     return
+  with lifecycle.Guard(workdir, **config.runtime) as guard:
+    try:
+      if (workdir / report.RESULTS_FILE).exists():  # all but the report
+        _write_report(config, workdir)
+      else:
+        _run(config, workdir, guard)
+    except lifecycle.Stopped:
+      if (workdir / telemetry.METRICS_FILE).exists():
+        _write_report(config, workdir)
+      raise
 
+
+def _write_report(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  if processes.is_first():
+    report.write_report(workdir, num_rollouts=config.report.num_rollouts)
+
+
+def is_complete(workdir: pathlib.Path) -> bool:
+  """Has a run its results, and a report that was written after them?
+
+  A report alone says nothing: it is rebuilt while the run goes on.
+  """
+  results, page = workdir / report.RESULTS_FILE, workdir / report.REPORT_FILE
+  if not (results.exists() and page.exists()):
+    return False
+  return page.stat().st_mtime_ns >= results.stat().st_mtime_ns
+
+
+def _run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  guard: lifecycle.Guard,
+) -> None:
+  """All stages, read top to bottom."""
+  begin = time.monotonic()
   # -- data, tokenizer, policy
-  experiment = experiment_lib.build(config, workdir)
+  guard.enter("data")
+  experiment = dataclasses.replace(
+    experiment_lib.build(config, workdir), guard=guard
+  )
   check_same_data(experiment.data_hash, workdir)
   # Before the workdir belongs to this config: it finds mistakes.
   about = experiment_lib.summary(experiment)
@@ -76,68 +132,81 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   folders = dict(zip(policies.STAGES, policies.STAGES, strict=True))
   if scorer.is_alone(config):
     folders["rl"] = "selector"  # no policy is in it
-  stores = {
-    stage: checkpoint.Checkpoints(
-      workdir / "checkpoints" / folder, keep=config.checkpoint.keep
+  with contextlib.ExitStack() as opened:
+    stores = {
+      stage: opened.enter_context(
+        checkpoint.Checkpoints(
+          workdir / "checkpoints" / folder, **config.checkpoint
+        )
+      )
+      for stage, folder in folders.items()
+    }
+    resume = {
+      stage: store.latest_step()
+      for stage, store in stores.items()
+      if store.latest_step() is not None
+    }
+    if resume:
+      logging.info("continuing from checkpoints %s", resume)
+    writer = opened.enter_context(
+      telemetry.MetricWriter(
+        workdir, resume=resume, active=jax.process_index() == 0
+      )
     )
-    for stage, folder in folders.items()
-  }
-  resume = {
-    stage: store.latest_step()
-    for stage, store in stores.items()
-    if store.latest_step() is not None
-  }
-  if resume:
-    logging.info("continuing from checkpoints %s", resume)
-  writer = telemetry.MetricWriter(
-    workdir, resume=resume, active=jax.process_index() == 0
-  )
-  telemetry.startup_table(config.name, about | {"event files": writer.backend})
+    telemetry.startup_table(
+      config.name, about | {"event files": writer.backend}
+    )
 
-  # A set with shortcuts, or with too few videos to tell, shows before training.
-  probes = evaluate.probes(experiment, config.report.probe_videos)
+    # A set with shortcuts, or with too few videos to tell, shows before
+    # training.
+    guard.enter("probes")
+    probes = held_out.probes(experiment, config.report.probe_videos)
 
-  # -- cold start, then KF-GRPO
-  limits = {
-    "batch_size": config.evaluation.batch_size,
-    "max_tokens": config.sampling.max_tokens,
-  }
-  dev = evaluate.Evaluator(
-    experiment, experiment.samples["dev"], ("keyframes",), **limits
-  )
-  if config.sft.from_run:
-    sft_params = policies.load_start(config, experiment.model, experiment.mesh)
-  else:
-    sft_params = sft.cold_start(
-      experiment,
-      policies.initial_params(config, experiment.model, experiment.mesh),
-      dev,
-      writer,
-      stores["sft"],
+    # -- cold start, then KF-GRPO
+    guard.enter("model")
+    limits = {
+      "batch_size": config.evaluation.batch_size,
+      "max_tokens": config.sampling.max_tokens,
+    }
+    dev = held_out.Evaluator(
+      experiment, experiment.samples["dev"], ("keyframes",), **limits
     )
-  learned = None
-  if config.selector.learn:
-    learned = scorer.Scorer(experiment, sft_params)
-  if scorer.is_alone(config):
-    reinforce.train_scorer(
-      experiment, sft_params, writer, stores["rl"], learned
-    )
-    rl_params = sft_params
-  else:
-    rl_params = reinforce.train_policy(
-      experiment, sft_params, writer, stores["rl"], learned=learned
-    )
-  writer.close()
+    if config.sft.from_run:
+      sft_params = policies.load_start(
+        config, experiment.model, experiment.mesh
+      )
+    else:
+      sft_params = sft.cold_start(
+        experiment,
+        policies.initial_params(config, experiment.model, experiment.mesh),
+        dev,
+        writer,
+        stores["sft"],
+      )
+    learned = None
+    if config.selector.learn:
+      learned = scorer.Scorer(experiment, sft_params)
+    if scorer.is_alone(config):
+      reinforce.train_scorer(
+        experiment, sft_params, writer, stores["rl"], learned
+      )
+      rl_params = sft_params
+    else:
+      rl_params = reinforce.train_policy(
+        experiment, sft_params, writer, stores["rl"], learned=learned, dev=dev
+      )
 
   # -- evaluation before and after, on videos that no stage has seen
-  test = evaluate.Evaluator(
+  guard.enter("evaluation")
+  test = held_out.Evaluator(
     experiment, experiment.samples["test"], config.evaluation.arms, **limits
   )
   judged, hit_rates = {}, {}
-  for stage, params in (("sft", sft_params), ("rl", rl_params)):
+  policy = {"sft": sft_params, "rl": rl_params}
+  for stage in config.report.stages:
     if stage == "rl" and learned is not None:
       test.select_by(learned.choose)
-    judged[stage] = test.run(params, show_progress=True)
+    judged[stage] = test.run(policy[stage], show_progress=True)
     hit_rates[stage] = test.hit_rates()
   rows = [
     row for stage, found in judged.items() for row in test.rows(found, stage)
@@ -147,17 +216,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     "chance": blind_chance,
     "evaluations": rows,
     "probes": probes,
-    "goals": goals(rows, blind_chance),
+    "goals": goals(
+      rows,
+      blind_chance,
+      method=report.method_name(config),
+      select=report.selector_name(config),
+    ),
     # Share of the annotated events that the frames shown had.
     "hit_rates": hit_rates,
     "timing": {"this_start_s": round(time.monotonic() - begin, 1)},
   }
+  guard.enter("report")
+  if not processes.is_first():
+    return
   test.write_predictions(judged, workdir / "predictions.jsonl")
   test.write_film_strips(workdir, config.report.num_film_strips)
-  telemetry.write_json(results_path, results)
+  # From here on nothing is computed again.
+  telemetry.write_json(workdir / report.RESULTS_FILE, results)
   path = report.write_report(workdir, num_rollouts=config.report.num_rollouts)
-  for store in stores.values():
-    store.close()
 
   # -- what came out
   found = {(row["stage"], row["view"], row["task"]): row for row in rows}
@@ -177,8 +253,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   logging.info("report: %s", path)
 
 
-def goals(rows: Sequence[dict], guess: dict[str, float]) -> list[dict]:
-  """What a run is meant to show, in points of accuracy."""
+def goals(
+  rows: Sequence[dict], guess: dict[str, float], *, method: str, select: str
+) -> list[dict]:
+  """What a run is meant to show, in points of accuracy.
+
+  Args:
+    rows: evaluations.
+    guess: task -> chance.
+    method: name of what trained.
+    select: name of what chose the keyframes; "uniform" is not compared with
+      itself.
+  """
   at = {
     (row["stage"], row["view"], row["task"]): row["accuracy"] for row in rows
   }
@@ -190,10 +276,12 @@ def goals(rows: Sequence[dict], guess: dict[str, float]) -> list[dict]:
   ]
   made = []
   for name, goal, high, low in GAPS:
-    if high in at and low in at:
+    same = select == "uniform" and "uniform" in (low[1], high[1])
+    if high in at and low in at and not same:
       value = 100 * (at[high] - at[low])
+      said = name.format(method=method, select=select)
       made.append(
-        {"name": name, "value": value, "goal": goal, "met": value >= goal}
+        {"name": said, "value": value, "goal": goal, "met": value >= goal}
       )
   if inside:
     made.append(
@@ -211,9 +299,9 @@ def check_same_config(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   *,
-  free: Sequence[str] = ("profile",),
+  free: Sequence[str] = FREE,
 ) -> None:
-  """A workdir belongs to one config; what is traced may change.
+  """A workdir belongs to one config; what is traced, kept or shown may change.
 
   Args:
     config: of this start.
@@ -230,7 +318,7 @@ def check_same_config(
   differ = [
     f"{key} (there {json.dumps(old)}, now {json.dumps(new)})"
     for key, old, new in _differences(there, here)
-    if key.partition(".")[0] not in free
+    if not any(f"{key}.".startswith(f"{name}.") for name in free)
   ]
   if differ:
     raise ValueError(

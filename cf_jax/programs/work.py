@@ -124,6 +124,8 @@ def count_update(
   stage: experiment_lib.Stage,
   prepared: views.Prepared,
   mask: np.ndarray,
+  *,
+  scored_prompt: int,
 ) -> None:
   """Tells the timer what the phases of a supervised update handled.
 
@@ -133,6 +135,7 @@ def count_update(
     stage: says what is trained.
     prepared: the batch, with its keyframes' view.
     mask: bool[B, G, C] the completions.
+    scored_prompt: tokens of the prompts that carry loss.
   """
   model, view = experiment.model, prepared.view["keyframes"]
   prompt, completion = view.prompt.mask.sum(axis=1), mask.sum(axis=2)
@@ -145,7 +148,8 @@ def count_update(
       stage.frozen,
       vision=flops.vision(model, view.frame.size, experiment.grid),
       decoder=flops.prompts(model, prompt)
-      + flops.completions(model, prompt, completion),
+      + flops.completions(model, prompt, completion)
+      + flops.scores(model, scored_prompt),
     ),
   )
 

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from cf_jax.data import prompts, video, vision_input
+from cf_jax.data import frame_size, prompts, video, vision_input
 from tests.parity import input_cases
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
@@ -117,13 +117,13 @@ def real_frame(request):
   if not path.is_file():
     pytest.skip(f"no {path}")
   frame = video.read_frames(path, np.array([40]))[0][0]
-  size_px = video.smart_resize(*frame.shape[:2], max_pixels=64 * 28 * 28)
-  return frame, size_px, video.resize_frame(frame, size_px, "bicubic")
+  size_px = frame_size.smart_resize(*frame.shape[:2], max_pixels=64 * 28 * 28)
+  return frame, size_px, frame_size.resize_frame(frame, size_px, "bicubic")
 
 
 def test_area_is_near_bicubic(real_frame):
   frame, size_px, bicubic = real_frame
-  area = video.resize_frame(frame, size_px, "area")
+  area = frame_size.resize_frame(frame, size_px, "area")
   off = np.abs(area.astype(int) - bicubic)
   assert 0.1 < off.mean() < 1 and off.max() < 42
 
@@ -151,9 +151,9 @@ def test_resize_rule(rules):
   assert len(rules["sizes"]) > 150
   for height, width, smallest, largest, *expected in rules["sizes"]:
     limits = dict(min_pixels=smallest, max_pixels=largest)
-    assert list(video.smart_resize(height, width, **limits)) == expected
+    assert list(frame_size.smart_resize(height, width, **limits)) == expected
     assert expected == list(
-      video.fit_size(height, width, num_frames=9, **limits)
+      frame_size.fit_size(height, width, num_frames=9, **limits)
     )
 
 
@@ -166,12 +166,12 @@ def test_frame_sampling(rules):
       given["sample_fps"] = given.pop("fps")
     if expected is None:
       with pytest.raises(ValueError, match="cannot be taken"):
-        video.sample_index(count, fps, **given)
+        frame_size.sample_index(count, fps, **given)
       continue
     if expected[-1] == count:
       behind += 1
       expected = expected[:-1]
-    assert video.sample_index(count, fps, **given).tolist() == expected
+    assert frame_size.sample_index(count, fps, **given).tolist() == expected
   assert behind == 1
 
 

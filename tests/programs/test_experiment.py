@@ -20,9 +20,13 @@ def experiment(cache_dir, tmp_path_factory):
   return experiment_lib.build(config, tmp_path_factory.mktemp("run"))
 
 
-def _load(source):
+def _load(source, **settings):
   return experiment_lib.load_samples(
-    source=str(source), cache_dir="nowhere", synthetic_set={}, seed=0
+    source=str(source),
+    cache_dir="nowhere",
+    synthetic_set={},
+    seed=0,
+    **settings,
   )
 
 
@@ -79,6 +83,38 @@ def test_a_folder_gives_the_splits(manifest, tmp_path):
     _load(f"jsonl:{tmp_path}")
 
 
+def test_public_datasets_are_sources(tmp_path):
+  row = {"duration": 9.0, "timestamps": [[1, 2]], "sentences": ["it falls."]}
+  for name, file, videos in (("a", "train.json", 20), ("b", "train.json", 10)):
+    (tmp_path / name).mkdir()
+    made = {f"{name}{n}": row for n in range(videos)}
+    (tmp_path / name / file).write_text(json.dumps(made))
+  one = f"charades_sta={tmp_path / 'a'}"
+  found = _load(f"dataset:{one}", dataset={"split": "train"})
+  assert [len(found[s]) for s in experiment_lib.SPLITS] == [16, 2, 2]
+  assert found["test"][-1].id == "a19/0"
+  assert found["train"][0].source == "charades_sta"
+  # Of several, each holds out its own videos and names its questions.
+  both = f"dataset:{one},activitynet={tmp_path / 'b'}"
+  found = _load(both, dataset={"split": "train"})
+  assert [len(found[s]) for s in experiment_lib.SPLITS] == [24, 3, 3]
+  assert found["dev"][-1].id == "activitynet/b8/0"
+  for source, message in (
+    ("dataset:charades_sta", "expected NAME=ROOT; change config.data.source"),
+    (f"dataset:charades={tmp_path}", "no dataset is called 'charades'"),
+    ("dataset:", "change config.data.source"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _load(source)
+  many = [
+    row._replace(video=f"{n}.mp4")
+    for n in range(4000)
+    for row in found["dev"][:1]
+  ]
+  held = experiment_lib.hold_out(many, "many", most=256)
+  assert [len(held[s]) for s in experiment_lib.SPLITS] == [3488, 256, 256]
+
+
 def test_bad_sources(manifest):
   with pytest.raises(ValueError, match="9 videos, expected at least 10"):
     _load(f"jsonl:{manifest('few.jsonl', 9)}")
@@ -92,7 +128,13 @@ def test_bad_sources(manifest):
 def test_data_hash_sees_every_question(experiment):
   samples = experiment.samples
   assert experiment_lib.hash_samples(samples) == experiment.data_hash
-  for change in (dict(question="?"), dict(answer="?"), dict(video="b/c.mp4")):
+  for change in (
+    dict(question="?"),
+    dict(answer="?"),
+    dict(video="b/c.mp4"),
+    dict(clip=(1.0, 2.0)),
+    dict(groups=(("domain", "?"),)),
+  ):
     first = samples["dev"][0]._replace(**change)
     other = samples | {"dev": [first, *samples["dev"][1:]]}
     assert experiment_lib.hash_samples(other) != experiment.data_hash

@@ -16,7 +16,7 @@ import pytest
 
 from cf_jax import descriptor, tad
 from cf_jax import policy as policy_lib
-from cf_jax.data import patches, prompts, video
+from cf_jax.data import frame_size, patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_weights, vlm
 from cf_jax.programs import keyframes, policies
@@ -111,7 +111,9 @@ def test_it_is_what_the_layer_says(config, scenes, clip, tmp_path):
   config.scan.chunk = 5
   (record,) = keyframes.run(config, tmp_path)
   frames, _ = video.read_frames(clip)
-  small = np.stack([video.shrink_frame(frame, (64, 64)) for frame in frames])
+  small = np.stack(
+    [frame_size.shrink_frame(frame, (64, 64)) for frame in frames]
+  )
   embedding = jax.jit(descriptor.pixel_descriptor)(small)
   chosen = tad.select_videos(embedding[None], num_keyframes=3)
   chosen = jax.tree.map(lambda leaf: leaf[0], chosen)

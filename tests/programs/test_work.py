@@ -141,6 +141,17 @@ def test_an_update(made):
   experiment, stage = made
   notes = Notes()
   completion = mask(((2,), (3,)), 4)
-  work.count_update(notes, experiment, stage, PREPARED, completion)
+  work.count_update(
+    notes, experiment, stage, PREPARED, completion, scored_prompt=0
+  )
   assert notes.told == {"video": 13, "update": 8 + 5}
   assert notes.operations.keys() == {"update"}
+  more = Notes()
+  work.count_update(
+    more, experiment, stage, PREPARED, completion, scored_prompt=3
+  )
+  model = experiment.model
+  # Forward, and twice as much backward.
+  assert more.operations["update"] - notes.operations["update"] == (
+    pytest.approx(3 * 3 * 2 * model.hidden_size * model.vocab_size)
+  )
