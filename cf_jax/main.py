@@ -4,7 +4,8 @@ Flags, `jax.distributed`, and the program that the config names; everything
 else is a library, so that tests and notebooks call the programs themselves.
 
 Exit codes: 0 done, 2 something that the user can put right (one sentence), 75
-stopped on request with everything saved, 130 interrupted.
+stopped on request with everything saved, 76 because another process of the run
+failed or is gone, 130 interrupted.
 """
 
 import difflib

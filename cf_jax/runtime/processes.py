@@ -31,13 +31,15 @@ HEARTBEAT_S, SHUTDOWN_S = 30, 60
 # Longest wait for what another process has to say: it may be compiling.
 _ANSWER_S = 3600
 _WATCH_S = 2  # between two looks for another process's failure
-_HEARD_S = 10  # process 0 keeps the store open so long for the others to read
+_HEARD_S = 10  # a process that failed waits so long for the others to hear it
 _FAILED = "cf_jax/failed"
 _LOST = re.compile(
   r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b"
   r".*(gloo|nccl|connection|coordination|heartbeat|peer)",
   re.IGNORECASE | re.DOTALL,
 )
+# What jaxlib raises for a status depends on the status.
+_STORE_ERRORS = (RuntimeError, ValueError)
 _turns = itertools.count()
 
 # A process that another one's end has ended.
@@ -147,12 +149,12 @@ def leave(message: str, code: int) -> None:
   print(f"error: {message}", file=sys.stderr)
   try:
     client.key_value_set(_FAILED, json.dumps([me, message]))
-    if me == 0:  # the store goes with it
-      end = time.monotonic() + _HEARD_S
-      for n in range(1, jax.process_count()):
-        left_s = max(end - time.monotonic(), 0.1)
-        client.blocking_key_value_get(f"{_FAILED}/{n}", int(1000 * left_s))
-  except jax.errors.JaxRuntimeError:  # another failed first, or is gone
+    # Once this one is gone, collectives fail and say less than the message.
+    end = time.monotonic() + _HEARD_S
+    for n in set(range(jax.process_count())) - {me}:
+      left_s = max(end - time.monotonic(), 0.1)
+      client.blocking_key_value_get(f"{_FAILED}/{n}", int(1000 * left_s))
+  except _STORE_ERRORS:  # another failed first, or is gone
     logging.debug("not all processes were told", exc_info=True)
   _end(code)
 
@@ -166,7 +168,7 @@ def _watch(over: threading.Event) -> None:
       return
     try:
       found = client.blocking_key_value_get(_FAILED, 1000 * _WATCH_S)
-    except jax.errors.JaxRuntimeError as error:
+    except _STORE_ERRORS as error:
       if "DEADLINE_EXCEEDED" not in str(error):
         return  # the service is gone; jax itself says so
   number, message = json.loads(found)
@@ -178,6 +180,8 @@ def _watch(over: threading.Event) -> None:
     file=sys.stderr,
   )
   client.key_value_set(f"{_FAILED}/{me}", "")
+  if me == 0:
+    time.sleep(1)  # the store goes with it, and who failed looks there
   _end(EXIT_PEER)
 
 

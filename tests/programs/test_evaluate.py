@@ -381,6 +381,26 @@ def test_benchmarks_that_do_not_fit(open_config, directory):
     questions.read_questions(open_config)
 
 
+def test_tracking_shows_a_frame_for_each_box(open_config, directory, tmp_path):
+  rows = [dict(path="v/a", object="cat", gt=[[0, 0, 0.5, 0.5]] * 8)]
+  (tmp_path / "got_val.json").write_text(json.dumps(rows))
+  open_config.update(
+    policy=str(directory),
+    benchmark="got10k",
+    annotations=str(tmp_path),
+    select="uniform",
+    num_keyframes=8,
+    fps=None,
+  )
+  (sample,) = questions.read_questions(open_config)
+  assert len(sample.boxes) == 8
+  for change in (dict(num_keyframes=16), dict(select="tad"), dict(fps=1.0)):
+    other = open_config.copy_and_resolve_references()
+    other.update(change)
+    with pytest.raises(ValueError, match="a box for each of 8 frames"):
+      questions.read_questions(other)
+
+
 def test_the_published_wording_of_videomme(open_config, directory, tmp_path):
   """Against the example of its authors' page."""
   open_config.policy = str(directory)
