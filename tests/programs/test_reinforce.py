@@ -13,7 +13,7 @@ import pytest
 
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import reinforce, rl_steps, verdicts
-from cf_jax.runtime import checkpoint, telemetry
+from cf_jax.runtime import checkpoint, sharding, telemetry
 from cf_jax.types import Rollout, Verdict
 from tests.conftest import init_params, load_config
 
@@ -32,7 +32,8 @@ def config():
 
 def score(config, *, scored=None, sampled=None, reference=None, **changes):
   """The reward step of a config on the batch above."""
-  experiment = types.SimpleNamespace(config=config)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, context=1)
+  experiment = types.SimpleNamespace(config=config, mesh=mesh)
   mask = np.arange(C) < LENGTH[..., None]
   verdict = Verdict(
     component={"accuracy": ACCURACY, "format": np.ones((B, G), np.float32)},

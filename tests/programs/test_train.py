@@ -505,8 +505,9 @@ def test_differences():
 # ------------------------------------------------------------------ a real clip
 
 
-def test_rollouts_on_a_real_clip(cache_dir, tmp_path):
+def test_rollouts_on_a_real_clip(cache_dir, tmp_path, monkeypatch):
   """JSONL manifest -> decoder -> TAD -> policy -> rewards -> update."""
+  monkeypatch.setenv("PLANTED_KEY", SECRET)
   if not CLIP.exists():
     pytest.skip(f"no {CLIP}")
   clip = tmp_path / "clip.mp4"

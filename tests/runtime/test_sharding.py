@@ -265,7 +265,7 @@ def of_rows(attend, **how):
   return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(
       query, key, value)
 jax.tree.map(
-    functools.partial(np.testing.assert_allclose, atol=1e-5),
+    functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5),
     of_rows(layers.attend_segments_split, mesh=mesh),
     of_rows(layers.attend_segments))
 three = rng.integers(0, 40, (B, 3, C)).astype(np.int32)

@@ -184,7 +184,12 @@ def test_a_damaged_host_state_is_found(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep=1) as store:
     store.save(1, _state(1), HOST)
     store.wait()
-    (path,) = (p for p in _files(tmp_path / "1" / "host") if p.stat().st_size)
+    holds = [
+      path
+      for path in _files(tmp_path / "1" / "host")
+      if b'"next": 3' in path.read_bytes()
+    ]
+    (path,) = holds
     path.write_text(path.read_text().replace('"next": 3', '"next": 4'))
     with pytest.raises(ValueError, match="host state of checkpoint 1.*damaged"):
       store.restore(_state(0))
