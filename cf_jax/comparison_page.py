@@ -157,8 +157,7 @@ def _draw(axes: matplotlib.axes.Axes, rows, second, first) -> None:
     markersize=4,
     linewidth=1.2,
   )
-  # A dollar would begin a formula.
-  labels = [row["group"].replace("$", r"\$") for row in rows]
+  labels = [row["group"] for row in rows]
   axes.set_yticks(place, labels, fontsize=7)
   axes.set_xlabel(f"points, {second} less {first}")
   axes.set_ylim(-0.6, len(rows) - 0.4)

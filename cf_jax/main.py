@@ -120,7 +120,11 @@ def run(argv: list[str]) -> None:
     )
   import jax  # after flags, so that a misspelt key answers at once
 
+  from cf_jax.data import judge
   from cf_jax.runtime import lifecycle, processes
+
+  if "judge" in config:  # before anything is written
+    judge.check_no_secret(config.judge.url, config.judge.key_variable)
 
   if config.distributed:
     processes.start()
@@ -170,6 +174,9 @@ _TROUBLES = {
   errno.EROFS: "it can only be read there: name another place",
   errno.EACCES: "permission is missing: change it, or name another place",
   errno.EPERM: "permission is missing: change it, or name another place",
+  errno.EEXIST: "a file is in the way: move it, or name another place",
+  errno.ENOTDIR: "a folder of that path is a file: name another place",
+  errno.EISDIR: "a folder is in the way: move it, or name another place",
   errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
 

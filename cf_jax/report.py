@@ -61,6 +61,7 @@ _STYLE = {
   "font.size": 9,
   "legend.frameon": False,
   "svg.hashsalt": "cf_jax",
+  "text.parse_math": False,  # "$" in a name of others begins no formula
   "text.color": _INK,
   "xtick.color": _MUTED,
   "ytick.color": _MUTED,

@@ -97,6 +97,14 @@ def test_unknown_program():
   assert "config.program must be one of" in said and "'tarin'" in said
 
 
+def test_a_secret_in_a_setting_is_written_nowhere(tmp_path):
+  workdir = f"--workdir={tmp_path / 'run'}"
+  url = "--config.judge.url=http://me:sk-very-secret@host/v1"
+  said = _sentence(CONFIG, workdir, url)
+  assert "config.judge.url holds a user" in said and "sk-" not in said
+  assert not (tmp_path / "run").exists()
+
+
 def test_missing_tokenizer(tmp_path):
   """Found before any video is generated."""
   said = _sentence(

@@ -12,9 +12,11 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 from cf_jax import report
-from cf_jax.data import records
+from cf_jax.data import images, records
+from cf_jax.data import video as video_lib
 from cf_jax.runtime import telemetry
 from tests.conftest import ROOT
 
@@ -165,6 +167,41 @@ def test_a_video_is_a_file(folders, video):
       records.load_jsonl(path, allow_outside=allowed)
 
 
+@pytest.mark.parametrize("video", ["~nobody-of-this-name/a.mp4", "itself/a"])
+def test_a_path_that_leads_nowhere_is_said(folders, video):
+  (folders[0] / "itself").symlink_to("itself")
+  path = _manifest(folders[0], video)
+  for allowed in (False, True):
+    with pytest.raises(ValueError, match="my.jsonl:1: field 'video'"):
+      records.load_jsonl(path, allow_outside=allowed)
+
+
+def test_pictures_of_a_folder_are_inside(folders):
+  pictures = folders[0] / "pictures"
+  pictures.mkdir()
+  (pictures / "1.png").write_bytes(b"")
+  path = _manifest(folders[0], "pictures")
+  assert len(records.load_jsonl(path)) == 1
+  (pictures / "2.png").symlink_to(folders[1] / "a.mp4")
+  with pytest.raises(ValueError, match="inside_not.*allow_outside=True"):
+    records.load_jsonl(path)
+  assert len(records.load_jsonl(path, allow_outside=True)) == 1
+
+
+def test_no_program_is_started_for_a_picture(tmp_path):
+  """Pillow reads EPS by Ghostscript, whatever the file is called."""
+  path = tmp_path / "a.png"
+  Image.new("RGB", (8, 8)).save(path, format="EPS")
+  with pytest.raises(video_lib.VideoError, match="cannot identify image file"):
+    images.read_image(path)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+  os.mkfifo(tmp_path / "a.png")  # opening it would wait for a writer
+  with pytest.raises(video_lib.VideoError, match="no file"):
+    images.read_image(tmp_path / "a.png")
+
+
 # ---------------------------------------------------------- pages show, not run
 
 OWNED = "document.body.dataset.owned=1"
@@ -177,6 +214,7 @@ PAYLOADS = (
   f"javascript:{OWNED}",
   f"&lt;script&gt;{OWNED}&lt;/script&gt;",
   "{title} {0.__class__} %s",
+  r"$\frac{$ $x_$",  # of which matplotlib would make a formula, and fail
 )
 
 

@@ -17,6 +17,8 @@ from PIL import Image, ImageOps
 from cf_jax.data import frame_size, video
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Pillow goes by the content: EPS under another name would start Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
 def is_image(path: str | os.PathLike) -> bool:
@@ -38,7 +40,9 @@ def read_image(
   """
   try:
     limits.check(path, file_mib=os.path.getsize(path) / 2**20)
-    with Image.open(path) as file:  # the header alone
+    if not os.path.isfile(path):  # a pipe would be waited for
+      raise video.VideoError(path, "not a whole picture, and no file")
+    with Image.open(path, formats=_FORMATS) as file:  # the header alone
       limits.check(path, pixels=file.width * file.height)
       picture = ImageOps.exif_transpose(file)  # decodes it, to its end
   except video.VideoError:

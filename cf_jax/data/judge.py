@@ -160,6 +160,29 @@ def _retry_after_s(value: str | None) -> float | None:
   return max(0.0, date.timestamp() - time.time())
 
 
+def check_no_secret(url: str, key_variable: str) -> None:
+  """Settings are written to manifests and logs: a key has no place in them.
+
+  To be called before anything is written.
+
+  Raises:
+    ValueError: one may hold a key or a password; it does not say which.
+  """
+  parts = urllib.parse.urlsplit(url)
+  if parts.username or parts.password or parts.query or parts.fragment:
+    raise ValueError(
+      "config.judge.url holds a user, a password or a query, which would be"
+      " written to logs; put the key into the environment variable that"
+      " config.judge.key_variable names"
+    )
+  if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}|", key_variable):
+    raise ValueError(
+      "config.judge.key_variable must be the name of an environment variable,"
+      " in capitals; it is something else (which is not shown here, in case"
+      " it is the key: that belongs into the variable)"
+    )
+
+
 class Judge:
   """Scores answers by asking an LLM; each question is asked once and kept.
 
@@ -189,7 +212,8 @@ class Judge:
     Args:
       url: of the API, up to and without `/chat/completions`.
       model: its name there.
-      key_variable: environment variable that holds the key; "" for none.
+      key_variable: environment variable that holds the key, A-Z, 0-9 and _;
+        "" for none.
       cache_dir: folder of the replies, shared by runs; made where missing.
       timeout_s: longest time of one attempt.
       max_attempts: of one question.
@@ -204,17 +228,12 @@ class Judge:
     Raises:
       ValueError: a bad setting, or no such variable.
     """
+    check_no_secret(url, key_variable)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
       raise ValueError(
         "config.judge.url must be like 'http://host:8000/v1'; it has no http"
         " or https scheme, or no host"
-      )
-    if parts.username or parts.password or parts.query or parts.fragment:
-      raise ValueError(
-        "config.judge.url holds a user, a password or a query, which would be"
-        " written to logs; put the key into the environment variable that"
-        " config.judge.key_variable names"
       )
     for name, value in (
       ("timeout_s", timeout_s),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import string
@@ -235,7 +236,7 @@ def _read_line(
 ) -> Sample:
   try:
     row = json.loads(line)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{where}: not JSON ({error})") from error
   if not isinstance(row, dict):
     raise ValueError(
@@ -352,14 +353,22 @@ def _path(
     return ""
   if _SCHEME.match(said) or "\0" in said:
     fail(name, f"got {said!r}, expected the path of a local file")
-  found = (folder / pathlib.Path(said).expanduser()).absolute()
-  inside = folder.resolve()
-  if not allow_outside and not found.resolve().is_relative_to(inside):
-    fail(
-      name,
-      f"got {said!r}, which leads to {found.resolve()}, outside of {inside};"
-      " set config.data.allow_outside=True to read it there",
-    )
+  try:
+    found = (folder / pathlib.Path(said).expanduser()).absolute()
+    leads_to, inside = [found.resolve()], folder.resolve()
+    if not allow_outside and found.is_dir():  # of pictures
+      with os.scandir(found) as files:
+        links = [file.path for file in files if file.is_symlink()]
+      leads_to += [pathlib.Path(link).resolve() for link in links]
+  except (OSError, RuntimeError, ValueError) as error:  # a link to itself, ~who
+    fail(name, f"got {said!r}, expected the path of a local file ({error})")
+  for path in leads_to:
+    if not allow_outside and not path.is_relative_to(inside):
+      fail(
+        name,
+        f"got {said!r}, which leads to {path}, outside of {inside};"
+        " set config.data.allow_outside=True to read it there",
+      )
   return str(found)
 
 
@@ -381,11 +390,19 @@ def _seconds(row: dict[str, Any], name: str, fail) -> float | None:
   if (
     isinstance(value, bool)
     or not isinstance(value, (int, float))
-    or not math.isfinite(value)
+    or not is_finite(value)
     or value < 0
   ):
     fail(name, f"got {value!r}, expected seconds, at least 0")
   return float(value)
+
+
+def is_finite(value: int | float) -> bool:
+  """Is it a number that a float can hold?"""
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # a whole number beyond any float
+    return False
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
@@ -396,7 +413,7 @@ def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
     if (
       isinstance(item, bool)
       or not isinstance(item, (int, float))
-      or not math.isfinite(item)
+      or not is_finite(item)
       or item < 0
     ):
       return None

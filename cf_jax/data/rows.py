@@ -132,7 +132,7 @@ class Row:
     if (
       isinstance(value, bool)
       or not isinstance(value, (int, float))
-      or not _finite(value)
+      or not records.is_finite(value)
       or value < low
     ):
       least = "" if low == -math.inf else f" of at least {low:g}"
@@ -410,13 +410,6 @@ def read_text(path: pathlib.Path) -> str:
     raise ValueError(f"{path}: not UTF-8 text ({error})") from error
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}") from error
-
-
-def _finite(value: int | float) -> bool:
-  try:
-    return math.isfinite(value)
-  except OverflowError:  # a whole number beyond any float
-    return False
 
 
 def _plain(text: str) -> str:

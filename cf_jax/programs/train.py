@@ -335,7 +335,7 @@ def check_same_data(data_hash: str, workdir: pathlib.Path) -> None:
   """
   if not (workdir / telemetry.MANIFEST_FILE).exists():
     return
-  there = telemetry.read_manifest(workdir)["data_hash"]
+  there = telemetry.read_manifest(workdir).get("data_hash")
   if there != data_hash:
     raise ValueError(
       f"{workdir} holds a run on other data (hash {there}, now {data_hash});"

@@ -289,8 +289,11 @@ class Checkpoints:
     return params, self._host(step, restored)
 
   def _host(self, step: int, restored: Any) -> _Host:
+    said = restored["host"]
+    # What is no object has nothing that is asked for, which is said then.
     return _Host(
-      restored["host"] or {}, f"checkpoint {step} in {self.directory}"
+      said if isinstance(said, Mapping) else {},
+      f"checkpoint {step} in {self.directory}",
     )
 
   def wait(self) -> None:

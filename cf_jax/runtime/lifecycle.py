@@ -42,6 +42,7 @@ EXIT_STOPPED = 75
 # this longer: a step that compiles or evaluates is not hung.
 _LATE_TIMES, _LATE_S = 10.0, 120.0
 _NUM_PACES = 20
+_MOST_S = 1e9  # 31 years; the system's timers end at some point
 
 
 class Stopped(BaseException):
@@ -78,16 +79,16 @@ class Guard:
       ("heartbeat_s", heartbeat_s, 0.1),
       ("report_every_s", report_every_s, 0.0),
     ):
-      if not least <= value < float("inf"):
+      if not least <= value <= _MOST_S:
         raise ValueError(
-          f"{name} must be at least {least} seconds, got {value}; change"
+          f"{name} must be {least} to {_MOST_S:g} seconds, got {value}; change"
           f" config.runtime.{name}"
         )
     self._workdir = workdir and pathlib.Path(workdir)
     self._time_limit_s = time_limit_s
     self._heartbeat_s = heartbeat_s
     self._report_every_s = report_every_s
-    self._reported = time.monotonic()
+    self._reported: float | None = None
     self._reason = ""  # to stop
     self._in_loop = False
     self._asked = 0  # times that all processes were asked, the same on each
@@ -136,7 +137,10 @@ class Guard:
     self._paces.append(self._progress - self._stepped)
     self._stepped = self._progress
     self._about["step"] = step
-    due = time.monotonic() - self._reported > self._report_every_s > 0
+    now = time.monotonic()
+    if self._reported is None:  # nothing is written of the first update yet
+      self._reported = now
+    due = now - self._reported > self._report_every_s > 0
     if due and _is_first():
       report.write_report(folder)
       self._reported = time.monotonic()
@@ -248,9 +252,9 @@ class Guard:
       if threading.current_thread() is threading.main_thread():
         stack.enter_context(self._signals())
       self._ended = threading.Event()
-      thread = threading.Thread(target=self._beat, daemon=True)
-      thread.start()
-      stack.callback(thread.join)
+      self._thread = threading.Thread(target=self._beat, daemon=True)
+      self._thread.start()
+      stack.callback(self._thread.join)
       stack.callback(self._ended.set)
       self._write_heartbeat()
       self._stack = stack.pop_all()
@@ -268,6 +272,7 @@ class Guard:
           "why": said[:2000],
         }
       self._ended.set()
+      self._thread.join()  # or its "running" could be the last that is written
       # A full disk is an error already, and this must not take its place.
       with contextlib.suppress(OSError):
         self._write_heartbeat()

@@ -864,7 +864,7 @@ def write_manifest(
     revision, devices and their peak.
   """
   path = pathlib.Path(workdir) / MANIFEST_FILE
-  earlier = read_manifest(workdir)["starts"] if path.exists() else []
+  earlier = read_manifest(workdir).get("starts") if path.exists() else []
   start = {
     "time": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     "argv": list(sys.argv if argv is None else argv),
@@ -880,7 +880,7 @@ def write_manifest(
       "config": config,
       "seed": seed,
       "data_hash": data_hash,
-      "starts": [*earlier, start],
+      "starts": [*(earlier or []), start],
     }
   )
   if processes.is_first():
@@ -889,8 +889,24 @@ def write_manifest(
 
 
 def read_manifest(workdir: str | os.PathLike) -> dict:
-  """Reads manifest.json of a run."""
-  return json.loads((pathlib.Path(workdir) / MANIFEST_FILE).read_text("utf-8"))
+  """Reads manifest.json of a run.
+
+  Raises:
+    ValueError: it is not what `write_manifest` wrote.
+  """
+  path = pathlib.Path(workdir) / MANIFEST_FILE
+  try:
+    said = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); put it back, or give another --workdir"
+    ) from error
+  if not isinstance(said, dict) or not isinstance(said.get("config"), dict):
+    raise ValueError(
+      f"{path} is damaged: it has no config; put it back, or give another"
+      " --workdir"
+    )
+  return said
 
 
 def versions() -> dict[str, str]:

@@ -165,6 +165,15 @@ def test_a_request_and_its_reply(server, make):
   assert made.count == dict(asked=1, cached=0, retried=0, unreadable=0)
 
 
+@pytest.mark.parametrize("wrong", [KEY, "sk-a1", "hf_aBc", "A=B", " ", "1A"])
+def test_a_key_in_place_of_its_variable_is_not_shown(wrong, make):
+  with pytest.raises(ValueError, match="name of an environment var") as caught:
+    make(key_variable=wrong)
+  assert wrong.strip() == "" or wrong not in str(caught.value)
+  with pytest.raises(ValueError, match="'UNSET_HERE' is not set"):
+    make(key_variable="UNSET_HERE")
+
+
 def test_open_answers(server, make):
   server.script = [
     (200, completion(" Yes.\n"), {}),

@@ -98,6 +98,8 @@ def test_letter_of_prefers_the_text_of_an_option():
     ({"start_s": "1", "end_s": 2}, "field 'start_s': got '1'"),
     ({"start_s": float("nan"), "end_s": 2}, "field 'start_s'"),
     ({"start_s": -1, "end_s": 2}, "field 'start_s'"),
+    ({"start_s": 1, "end_s": 10**400}, "field 'end_s'"),  # beyond any float
+    ({"evidence": [[0, 10**400]]}, "field 'evidence'"),
     ({"kind": "free_form"}, "field 'kind'"),
     ({"kind": "quiz"}, "field 'kind': got 'quiz'"),
     ({"vidoe": "a"}, "field 'vidoe': unknown"),
@@ -111,7 +113,9 @@ def test_bad_field_names_file_line_and_field(tmp_path, change, message):
   assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["{", "[1, 2]", "3", "[" * 100_000])
+@pytest.mark.parametrize(
+  "line", ["{", "[1, 2]", "3", "[" * 100_000, '{"id": ' + "9" * 5000 + "}"]
+)
 def test_bad_json(tmp_path, line):
   with pytest.raises(ValueError, match=r"my.jsonl:2: (not JSON|got a)"):
     records.load_jsonl(_manifest(tmp_path, GOOD, line))

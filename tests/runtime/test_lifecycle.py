@@ -113,6 +113,7 @@ def test_a_thread_that_is_not_the_main_one_has_no_signals(tmp_path):
     ("heartbeat_s", 0.0),
     ("report_every_s", float("inf")),
     ("time_limit_s", float("nan")),
+    ("time_limit_s", 1e300),  # more than the system's timer takes
   ],
 )
 def test_settings_that_mean_nothing(name, value):
@@ -246,6 +247,22 @@ def test_a_hung_run_still_writes(tmp_path):
   assert _beat(tmp_path)["state"] == "complete"
 
 
+def test_the_last_heartbeat_is_that_of_the_end(tmp_path, monkeypatch):
+  """Also where the thread is just writing that the run goes on."""
+  write, writing = lifecycle.disk.write_text, threading.Event()
+
+  def slow(path, text):
+    if threading.current_thread() is not threading.main_thread():
+      writing.set()
+      time.sleep(0.3)
+    write(path, text)
+
+  monkeypatch.setattr(lifecycle.disk, "write_text", slow)
+  with _guard(tmp_path, heartbeat_s=0.1):
+    assert writing.wait(30)
+  assert _beat(tmp_path)["state"] == "complete"
+
+
 def test_a_failure_is_in_the_heartbeat(tmp_path):
   with pytest.raises(FloatingPointError), _guard(tmp_path):
     raise FloatingPointError("non-finite gradient")
@@ -258,6 +275,6 @@ def test_the_report_is_rebuilt_while_the_run_goes(tmp_path, monkeypatch):
   monkeypatch.setattr(lifecycle.report, "write_report", built.append)
   monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now[0])
   guard = lifecycle.Guard(report_every_s=60.0)
-  for step, now[0] in enumerate((50.0, 61.0, 62.0, 120.0, 122.0)):
+  for step, now[0] in enumerate((500.0, 561.0, 562.0, 620.0, 622.0)):
     guard.advance(step, tmp_path / f"{step}")
   assert built == [tmp_path / "1", tmp_path / "4"]

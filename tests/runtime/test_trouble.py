@@ -97,6 +97,7 @@ def test_metrics_on_a_full_disk(tmp_path):
     (errno.ENOSPC, "the disk is full: make room"),
     (errno.EROFS, "can only be read there"),
     (errno.EACCES, "permission is missing"),
+    (errno.EEXIST, "a file is in the way"),
   ],
 )
 def test_troubles_are_said_in_words(number, says):
@@ -125,6 +126,17 @@ def test_a_data_set_that_is_gone(tiny_config, tmp_path):
     train.run(tiny_config.lock(), tmp_path / "run")
   names = {p.name for p in (tmp_path / "run").iterdir()}
   assert names == {lifecycle.LOCK_FILE, lifecycle.HEARTBEAT_FILE}
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[1]", "{}", '{"config": 3}', "\xff"]
+)
+def test_a_damaged_manifest(text, tiny_config, tmp_path):
+  path = tmp_path / telemetry.MANIFEST_FILE
+  path.write_bytes(text.encode("latin1"))
+  with pytest.raises(ValueError, match="manifest.json is damaged"):
+    train.run(tiny_config, tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_built_in_set_without_its_index(tmp_path):
@@ -193,6 +205,18 @@ def test_a_damaged_host_state_is_found(tmp_path):
     path.write_text(path.read_text().replace('"next": 3', '"next": 4'))
     with pytest.raises(ValueError, match="host state of checkpoint 1.*damaged"):
       store.restore(_state(0))
+
+
+def test_a_host_state_that_is_no_object(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, _state(1), HOST)
+    store.wait()
+    for path in _files(tmp_path / "1" / "host"):
+      if b'"next": 3' in path.read_bytes():
+        path.write_text("[1]")
+    _, host = store.restore(_state(0))
+    with pytest.raises(ValueError, match="checkpoint 1 .* has no 'loader'"):
+      host["loader"]
 
 
 def test_what_a_killed_writer_left_is_cleaned_up_by_its_own_run(tmp_path):
