@@ -57,14 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
   """
   check(config)
   workdir.mkdir(parents=True, exist_ok=True)
-  samples = experiment_lib.load_samples(
-    source=config.data.source,
-    cache_dir=config.data.cache_dir,
-    synthetic_set=dict(config.data.synthetic),
-    seed=config.data.seed,
-    allow_outside=config.data.allow_outside,
-    dataset=dict(config.data.dataset),
-  )
+  samples = experiment_lib.samples_of(config)
   wanted = {}
   for rows in samples.values():
     wanted |= {footage.of_sample(row): row for row in rows}

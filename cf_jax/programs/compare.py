@@ -24,7 +24,7 @@ from absl import logging
 from cf_jax import comparison_page, disk, report
 from cf_jax.data import footage, video
 from cf_jax.evals import differences, paired
-from cf_jax.programs import eval_settings, evaluate
+from cf_jax.programs import eval_settings, evaluate, score
 from cf_jax.runtime import telemetry
 
 PAGE_FILE = "comparison.html"
@@ -102,12 +102,12 @@ def read(folder: str | pathlib.Path, name: str) -> Evaluation:
       )
     return found
 
-  questions = rows(evaluate.QUESTIONS_FILE)
+  questions = rows(score.QUESTIONS_FILE)
   return Evaluation(
     name,
     folder,
     json.loads((folder / evaluate.MANIFEST_FILE).read_text("utf-8")),
-    json.loads((folder / evaluate.SCORES_FILE).read_text("utf-8")),
+    json.loads((folder / score.SCORES_FILE).read_text("utf-8")),
     questions,
     rows(evaluate.PREDICTIONS_FILE),
   )

@@ -22,7 +22,6 @@ Axes: `B` questions, `K` frames shown.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import pathlib
 import threading
@@ -54,12 +53,11 @@ from cf_jax.programs import (
   eval_settings,
   policies,
   questions,
+  score,
 )
 from cf_jax.runtime import optim, sharding, telemetry
 
 PREDICTIONS_FILE = "predictions.jsonl"
-QUESTIONS_FILE = "questions.jsonl"
-SCORES_FILE = "scores.json"
 TABLE_FILE = "table.md"
 MANIFEST_FILE = "eval_manifest.json"
 # The samples of "run" and "synthetic" as a manifest, to score them again.
@@ -321,9 +319,7 @@ def _annotation_hashes(config: ml_collections.ConfigDict) -> dict[str, str]:
       root=config.root,
       split=config.split,
     )
-  return {
-    str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-  }
+  return {str(path): score.file_hash(path) for path in files}
 
 
 def _example(sample, planner, tokenizer, wording, config, model) -> dict:
@@ -521,11 +517,11 @@ def finish(
     ask=ask_judge,
   )
   disk.write_text(
-    folder / QUESTIONS_FILE,
+    folder / score.QUESTIONS_FILE,
     "".join(_line(_question(sample, scores)) for sample in samples),
   )
   made = benchmarks.to_json(scores)
-  telemetry.write_json(folder / SCORES_FILE, made)
+  telemetry.write_json(folder / score.SCORES_FILE, made)
   cut = sum(not row.get("ended", True) for row in rows)
   # Video-MME's script divides by the questions that have an answer.
   answered_alone = any(row.metric == "accuracy_all" for row in scores.figures)

@@ -338,9 +338,11 @@ def build(
   )
 
 
-def _own_samples(config, workdir, decoder) -> dict[str, list[records.Sample]]:
-  """The config's own samples, less the held-out ones that cannot be read."""
-  samples = load_samples(
+def samples_of(
+  config: ml_collections.ConfigDict,
+) -> dict[str, list[records.Sample]]:
+  """`load_samples` by a training config's `data`."""
+  return load_samples(
     source=config.data.source,
     cache_dir=config.data.cache_dir,
     synthetic_set=dict(config.data.synthetic),
@@ -348,6 +350,11 @@ def _own_samples(config, workdir, decoder) -> dict[str, list[records.Sample]]:
     allow_outside=config.data.allow_outside,
     dataset=dict(config.data.dataset),
   )
+
+
+def _own_samples(config, workdir, decoder) -> dict[str, list[records.Sample]]:
+  """The config's own samples, less the held-out ones that cannot be read."""
+  samples = samples_of(config)
   skipped = {}
   if config.data.source != "synthetic":  # those were written a moment ago
     for split in ("dev", "test"):
