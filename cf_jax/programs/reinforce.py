@@ -296,12 +296,15 @@ class Collector:
       )
 
     on_device = put(verdict)
+    keyframes = prepared.keyframes
+    shown = prepared.by_slot(np.where(keyframes.mask, keyframes.saliency, 0))
+    most = shown.max(axis=1, keepdims=True)
+    first = np.arange(shown.shape[1]) == shown.argmax(axis=1)[:, None]
     saliency = rewards.evidence_saliency(on_device.cited, put(evidence))
     if self._saliency == "none":
       saliency = jnp.zeros_like(saliency)
     if self._deletes:
       with timer("deletion"):
-        keyframes = prepared.keyframes
         saliency = jax.block_until_ready(
           self._delete(
             params,
@@ -336,6 +339,7 @@ class Collector:
           sampled={arm: put(seen[arm]) for arm in self.arms.sampled},
           ref_logprob=reference,
           saliency=saliency,
+          top=put(first & (most > 0)),
           can_shuffle=put(prepared.can_shuffle),
           has_apex=put(prepared.has_apex),
           kind=put(self._numbers(self._kinds, [s.kind for s in samples])),

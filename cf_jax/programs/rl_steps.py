@@ -145,6 +145,7 @@ class Evidence:
     sampled: arm -> float32[B, G'], main component of its own completions.
     ref_logprob: float32[B, G, C] of the reference, or None.
     saliency: float32[B, G] of the rollouts' citations.
+    top: bool[B, K] the keyframe that TAD finds most salient, where it does.
     can_shuffle: bool[B] two keyframes or more.
     has_apex: bool[B] the keyframes are not the uniform frames.
     kind: int32[B] number of the question's kind.
@@ -156,6 +157,7 @@ class Evidence:
   sampled: dict[str, jax.Array]
   ref_logprob: jax.Array | None
   saliency: jax.Array
+  top: jax.Array
   can_shuffle: jax.Array
   has_apex: jax.Array
   kind: jax.Array
@@ -308,7 +310,20 @@ def make_reward_step(
       "reward/correct": jnp.mean(correct),
       "reward/zero_spread_groups": jnp.mean(~spread),
       "length/mean": jnp.mean(verdict.length),
+      "length/reasoning": jnp.mean(
+        verdict.length - jnp.sum(verdict.answer_span, axis=-1)
+      ),
       "length/unfinished": jnp.mean(~rollout.finished),
+    }
+    # What a policy may learn in place of looking: to cite, whatever it sees.
+    count = jnp.sum(verdict.cited, axis=-1)
+    metrics |= {
+      "cited/any": jnp.mean(count > 0),
+      "cited/keyframes": jnp.mean(count),
+      "cited/top": masked.masked_mean(
+        jnp.any(verdict.cited & evidence.top[:, None], axis=-1),
+        jnp.any(evidence.top, axis=-1)[:, None],
+      ),
     }
     for arm, value in evidence.sampled.items():
       metrics[f"arm/{arm}"] = jnp.mean(value)

@@ -53,6 +53,7 @@ def score(config, *, scored=None, sampled=None, reference=None, **changes):
     sampled=sampled or {},
     ref_logprob=reference,
     saliency=jnp.zeros((B, G)),
+    top=np.eye(K, dtype=bool)[[1, 1]] & [[True], [False]],
     can_shuffle=jnp.array([True, True]),
     has_apex=jnp.array([True, False]),
     kind=jnp.array([0, 1]),
@@ -65,6 +66,19 @@ def score(config, *, scored=None, sampled=None, reference=None, **changes):
 
 
 # ------------------------------------------------------------ rewards, by hand
+
+
+def test_what_a_policy_may_learn_in_place_of_looking_is_counted(config):
+  # The first prompt's second keyframe is TAD's most salient, the second
+  # prompt has none.
+  cited = np.zeros((B, G, K), bool)
+  cited[0, 0], cited[0, 1, 1], cited[0, 2, 0], cited[1, 0, 1] = 1, 1, 1, 1
+  first_token = np.arange(C) < np.ones((B, G, 1))
+  found = score(config, cited=cited, answer_span=first_token)
+  assert float(found.metrics["cited/any"]) == 4 / 8
+  assert float(found.metrics["cited/keyframes"]) == 5 / 8
+  assert float(found.metrics["cited/top"]) == 2 / 4
+  assert float(found.metrics["length/reasoning"]) == 17 / 8 - 1
 
 
 def test_grpo_is_the_reward_less_its_group_mean(config):
