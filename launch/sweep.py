@@ -15,12 +15,16 @@ that was interrupted goes on from its checkpoint. A point that fails is said and
 the others go on; the exit code is then 1.
 
 After every point OUT/sweep.json (each point's settings and results) and
-OUT/sweep.md (held-out accuracy by view and task) are written anew. `--points`
-takes a part of them, by a regular expression on the names, so that several
-machines can share a sweep with a common folder.
+OUT/sweep.md (held-out accuracy by view and task) are written anew. The same
+command may run several times at once, on one machine or on several with a
+common folder: a point that another is running is passed over, and one that
+starts from it waits. `--points` takes a part of them, by a regular expression
+on the names.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import pathlib
 import re
@@ -28,12 +32,13 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cf_jax import disk
 
 STOPPED = 75  # of cf_jax.main, as docs/reliability.md has it
+_WAIT_S = 5.0  # between looks at what others run
 
 
 class Point(NamedTuple):
@@ -81,6 +86,30 @@ def command(point: Point, config: str, out: pathlib.Path) -> list[str]:
       f"--config.{key}={text(value)}" for key, value in point.overrides.items()
     ),
   ]
+
+
+def needs(point: Point) -> set[str]:
+  """The folders under --out that a point's settings name."""
+  texts = [
+    value for value in point.overrides.values() if isinstance(value, str)
+  ]
+  return {
+    name for text in texts for name in re.findall(r"{out}/([\w./-]+)", text)
+  }
+
+
+@contextlib.contextmanager
+def claimed(point: Point, out: pathlib.Path) -> Iterator[bool]:
+  """Whether the point is this process' to run; another may be running it."""
+  folder = out / "claims"
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / point.name.replace("/", "~")).open("a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield False
+    else:
+      yield True
 
 
 def is_finished(workdir: pathlib.Path) -> bool:
@@ -151,27 +180,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f"--points={args.points} matches none of {names}, ...")
   args.out.mkdir(parents=True, exist_ok=True)
   out = args.out.absolute()
-  failed, spent, ran = [], 0.0, 0
-  missing = [point for point in mine if not is_finished(out / point.name)]
-  print(f"{len(mine)} points, {len(missing)} to run", flush=True)
-  for number, point in enumerate(missing):
-    left = ""
-    if ran:
-      minutes = spent / ran * (len(missing) - number) / 60
-      left = f", about {minutes:.0f} min left"
-    print(f"[{number + 1}/{len(missing)}] {point.name}{left}", flush=True)
-    begin = time.monotonic()
-    code = subprocess.run(command(point, args.config, out)).returncode
-    spent, ran = spent + time.monotonic() - begin, ran + 1
-    if code in (130, -2):
-      return 130
-    if code == STOPPED:
-      print("stopped; the same command goes on from there", flush=True)
-      return code
-    if code:
-      failed.append(point.name)
-      print(f"{point.name} failed with exit code {code}", flush=True)
-    write(points, out)
+  failed: list[str] = []
+  spent, ran, waiting = 0.0, 0, False
+  names = {point.name for point in points}
+
+  def missing() -> list[Point]:
+    return [
+      point
+      for point in mine
+      if point.name not in failed and not is_finished(out / point.name)
+    ]
+
+  print(f"{len(mine)} points, {len(missing())} to run", flush=True)
+  while left := missing():
+    for point in left:
+      lacks = {
+        name for name in needs(point) & names if not is_finished(out / name)
+      }
+      if lacks & set(failed):
+        failed.append(point.name)
+        print(
+          f"{point.name} starts from {min(lacks)}, which failed", flush=True
+        )
+        break
+      if lacks & {other.name for other in mine}:
+        continue
+      with claimed(point, out) as is_mine:
+        if not is_mine or is_finished(out / point.name):
+          continue
+        about = (
+          f", about {spent / ran * len(left) / 60:.0f} min left" if ran else ""
+        )
+        print(f"[{len(left)} to run] {point.name}{about}", flush=True)
+        begin = time.monotonic()
+        code = subprocess.run(command(point, args.config, out)).returncode
+      spent, ran, waiting = spent + time.monotonic() - begin, ran + 1, False
+      if code in (130, -2):
+        return 130
+      if code == STOPPED:
+        print("stopped; the same command goes on from there", flush=True)
+        return code
+      if code or not is_finished(out / point.name):
+        failed.append(point.name)
+        print(f"{point.name} failed with exit code {code}", flush=True)
+      write(points, out)
+      break
+    else:
+      if not waiting:
+        others = ", ".join(point.name for point in left)
+        print(f"waiting for what others run: {others}", flush=True)
+      waiting = True
+      time.sleep(_WAIT_S)
   write(points, out)
   print((out / "sweep.md").read_text("utf-8"))
   if failed:

@@ -1,5 +1,6 @@
 """The sweep runs what is missing, in order, and tells; contrasts by hand."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -81,17 +82,67 @@ def test_runs_what_is_missing_and_tells(config, tmp_path, monkeypatch, capsys):
 
 def test_a_part_of_the_points(config, tmp_path, monkeypatch):
   ran = []
-  monkeypatch.setattr(
-    sweep.subprocess,
-    "run",
-    lambda command: ran.append(command) or subprocess.CompletedProcess([], 0),
-  )
+
+  def run(command):
+    ran.append(command)
+    _finish(pathlib.Path(command[4].partition("=")[2]), 0.5)
+    return subprocess.CompletedProcess([], 0)
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
   flags = [f"--config={config}", f"--out={tmp_path / 'out'}"]
   assert sweep.main([*flags, "--points=^one/"]) == 0
   assert [command[4].rpartition("/")[2] for command in ran] == ["start", "next"]
   assert ran[0][3].endswith("config.py:cold")
   with pytest.raises(SystemExit):
     sweep.main([*flags, "--points=three"])
+
+
+def test_points_that_others_run_are_waited_for(
+  config, tmp_path, monkeypatch, capsys
+):
+  """Another process runs the first point: the second waits, the third goes."""
+  out = tmp_path / "out"
+  points = sweep.collect(
+    lambda add: [
+      add("one/start"),
+      add("one/next", **{"sft.from_run": "{out}/one/start"}),
+    ]
+  )
+  assert sweep.needs(points[1]) == {"one/start"}
+  ran, other = [], contextlib.ExitStack()
+  assert other.enter_context(sweep.claimed(points[0], out))
+
+  def run(command):
+    workdir = pathlib.Path(command[4].partition("=")[2])
+    ran.append(workdir.name)
+    _finish(workdir, 0.5)
+    return subprocess.CompletedProcess([], 0)
+
+  def sleep(_):
+    assert ran == ["two"]
+    _finish(out / "one" / "start", 0.5)
+    other.close()
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
+  monkeypatch.setattr(sweep.time, "sleep", sleep)
+  assert sweep.main([f"--config={config}", f"--out={out}"]) == 0
+  assert ran == ["two", "next"]
+  assert "waiting for what others run: one/start, one/next" in (
+    capsys.readouterr().out
+  )
+
+
+def test_what_starts_from_a_failed_point_fails(config, tmp_path, monkeypatch):
+  ran = []
+
+  def run(command):
+    ran.append(command[4].rpartition("/")[2])
+    return subprocess.CompletedProcess(command, 2 * (ran[-1] == "start"))
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
+  # "two" ends with exit code 0 and without results: that has failed, too.
+  assert sweep.main([f"--config={config}", f"--out={tmp_path / 'out'}"]) == 1
+  assert ran == ["start", "two"]
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", "/x", "x/", ""])
