@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import contrasts
+from benchmarks import terms as terms_table
+from configs import contrasts as contrasts_config
+from configs import terms
 from launch import sweep
 
 CONFIG = """
@@ -225,3 +228,74 @@ def test_table_of_frames_and_methods(tmp_path):
   assert len(curve) == 20 and curve[3] == 0.15
   contrasts.draw_curves({"a": [curve, curve[::-1]]}, tmp_path / "curves.png")
   assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def _flat(config, prefix=""):
+  made = {}
+  for key, value in config.items():
+    inside = hasattr(value, "items")
+    made |= _flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+  return made
+
+
+@pytest.mark.parametrize(
+  "arm, changed",
+  [
+    ("tad_temporal", {"contrast.rollout.alpha_c": 0.0}),
+    ("tad_content", {"contrast.rollout.alpha_t": 0.0}),
+    ("tad_margin", {"contrast.kind": "margin", "sampling.num_completions": 8}),
+    ("tad_group_std", {"advantage.scale": "group"}),
+    ("tad_contrastive", {"contrastive.weight": 0.1}),
+    (
+      "tad_contrastive_stop",
+      {"contrastive.weight": 0.1, "contrastive.form": "stop_gradient"},
+    ),
+  ],
+)
+def test_a_term_is_one_change(arm, changed):
+  whole, config = (_flat(terms.get_config(a)) for a in (None, arm))
+  found = {key for key in whole if config[key] != whole[key]}
+  assert found == {"name", *changed}
+  assert {key: config[key] for key in changed} == changed
+
+
+def test_terms_share_the_cold_starts_of_the_contrasts():
+  both = [sweep.collect(c.sweep) for c in (terms, contrasts_config)]
+  mine, theirs = ({p.name: p for p in points} for points in both)
+  shared = mine.keys() & theirs.keys()
+  assert {name.partition("/")[2] for name in shared} == {
+    "cold_start",
+    "tad_grpo",
+    "tad_kfgrpo",
+  }
+  for name in shared:  # the same run, whichever sweep makes it
+    assert mine[name] == theirs[name]
+    arm = mine[name].arg
+    assert terms.get_config(arm) == contrasts_config.get_config(arm)
+
+
+def test_table_of_terms(tmp_path):
+  rows = [
+    {"stage": "rl", "view": view, "task": task, "accuracy": value}
+    for view, value in (("keyframes", 0.5), ("reversed", 0.25))
+    for task in ("needle", "order_two", "all")
+  ]
+  (tmp_path / "results.json").write_text(json.dumps({"evaluations": rows}))
+  # The first of 21 updates is not among the last 20.
+  lines = [
+    json.dumps({"stage": "rl", "length/reasoning": 9 if n else 1e9})
+    for n in range(21)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  found = terms_table.columns(tmp_path)
+  assert found == {
+    "right, %": 50,
+    "order, ordered": 50,
+    "order, reversed": 25,
+    "tokens before the answer": 9,
+  }
+  other = found | {"right, %": 52.0, "tokens before the answer": 10.0}
+  row = (
+    "| a | 2 | 51.0 (sd 1.4) | 50.0 (sd 0.0) | 25.0 (sd 0.0) | 9.50 (sd 0.71) |"
+  )
+  assert row in terms_table.table({"a": [found, other]})

@@ -1,0 +1,103 @@
+"""What each term of KF-GRPO changes, from the runs of configs/terms.py.
+
+  python -m launch.sweep --config=configs/terms.py --out=runs/contrasts
+  python -m benchmarks.terms --runs=runs/contrasts --out=docs/results/terms.json
+
+Descriptive: few seeds, no test. For every arm the held-out accuracy, where
+order is used (ordered and reversed keyframes of the order task) and what would
+show a policy that learns something else than to look: the tokens before its
+answer, how often it cites a keyframe and how often TAD's most salient one, and
+how much its wrong answers are held by the order of the frames.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks import contrasts
+from configs import terms
+
+# Column -> metric of training, its mean over the last updates.
+WATCHED = {
+  "tokens before the answer": "length/reasoning",
+  "cites": "cited/any",
+  "cites the top": "cited/top",
+  "g, right": "bonus/g_shuffled_correct",
+  "g, wrong": "bonus/g_shuffled_wrong",
+}
+# Column -> view and task of the held-out videos; None is the mean of tasks.
+HELD_OUT = {
+  "right, %": ("keyframes", None),
+  "order, ordered": ("keyframes", "order_two"),
+  "order, reversed": ("reversed", "order_two"),
+}
+_LAST = 20  # updates
+
+
+def columns(folder: pathlib.Path) -> dict[str, float]:
+  """What a finished run says; without what it does not measure."""
+  run = contrasts.read(folder)
+  made = {}
+  for name, (view, task) in HELD_OUT.items():
+    if task is None:
+      made[name] = 100 * contrasts.outcome(run, view)
+    elif (view, task) in run:
+      made[name] = 100 * run[view, task]
+  for name, key in WATCHED.items():
+    curve = contrasts.curve(folder, key)[-_LAST:]
+    if curve:
+      made[name] = float(np.mean(curve))
+  return made
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+  """Markdown: arm -> one `columns` a seed; mean and spread (ddof 1)."""
+  names = [*HELD_OUT, *WATCHED]
+  lines = [
+    "| arm | seeds | " + " | ".join(names) + " |",
+    "|---|---|" + "---|" * len(names),
+  ]
+  for arm, seeds in found.items():
+    shown = []
+    for name in names:
+      each = [seed[name] for seed in seeds if name in seed]
+      digits = 1 if name in HELD_OUT else 2
+      text = f"{np.mean(each):.{digits}f}" if each else ""
+      if len(each) > 1:
+        text += f" (sd {np.std(each, ddof=1):.{digits}f})"
+      shown.append(text)
+    lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(shown) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+  """Prints the table of what there is; writes it as JSON where asked."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--runs", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=pathlib.Path)
+  args = parser.parse_args()
+  arms = ("cold_start", *terms.ARMS, "tad_tgrpo")
+  arms += ("cited_cold_start", *terms.CITED)
+  found = {
+    arm: [
+      columns(path.parent)
+      for path in sorted(args.runs.glob(f"seed_*/{arm}/results.json"))
+    ]
+    for arm in arms
+  }
+  found = {arm: seeds for arm, seeds in found.items() if seeds}
+  if not found:
+    parser.error(f"{args.runs} has no finished run of configs/terms.py")
+  print(table(found))
+  if args.out:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
