@@ -32,7 +32,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cf_jax import disk
@@ -88,13 +88,14 @@ def command(point: Point, config: str, out: pathlib.Path) -> list[str]:
   ]
 
 
-def needs(point: Point) -> set[str]:
-  """The folders under --out that a point's settings name."""
-  texts = [
-    value for value in point.overrides.values() if isinstance(value, str)
-  ]
+def needs(point: Point, names: Iterable[str]) -> set[str]:
+  """Those of the points in whose folders the point's settings lie."""
+  texts = [text for text in point.overrides.values() if isinstance(text, str)]
+  paths = {p for text in texts for p in re.findall(r"{out}/([\w./-]+)", text)}
   return {
-    name for text in texts for name in re.findall(r"{out}/([\w./-]+)", text)
+    name
+    for name in names
+    if any(f"{path}/".startswith(f"{name}/") for path in paths)
   }
 
 
@@ -118,12 +119,12 @@ def is_finished(workdir: pathlib.Path) -> bool:
 
 
 def table(done: Sequence[tuple[Point, dict]]) -> str:
-  """Markdown: a row for every point, stage and view."""
+  """Markdown: a row for every point, stage and view that was evaluated."""
   tasks = sorted(
     {
       row["task"]
       for _, results in done
-      for row in results["evaluations"]
+      for row in results.get("evaluations", ())
       if row["task"] != "all"
     }
   ) + ["all"]
@@ -135,7 +136,7 @@ def table(done: Sequence[tuple[Point, dict]]) -> str:
   ]
   for point, results in done:
     cells: dict[tuple[str, str], dict[str, float]] = {}
-    for row in results["evaluations"]:
+    for row in results.get("evaluations", ()):
       key = row["stage"], row["view"]
       cells.setdefault(key, {})[row["task"]] = row["accuracy"]
     for (stage, view), at in cells.items():
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   while left := missing():
     for point in left:
       lacks = {
-        name for name in needs(point) & names if not is_finished(out / name)
+        name for name in needs(point, names) if not is_finished(out / name)
       }
       if lacks & set(failed):
         failed.append(point.name)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import contrasts
 from benchmarks import terms as terms_table
 from configs import contrasts as contrasts_config
-from configs import terms
+from configs import neighbours, terms
 from launch import sweep
 
 CONFIG = """
@@ -111,7 +111,8 @@ def test_points_that_others_run_are_waited_for(
       add("one/next", **{"sft.from_run": "{out}/one/start"}),
     ]
   )
-  assert sweep.needs(points[1]) == {"one/start"}
+  names = ("one", "one/start", "one/start/more", "one/star")
+  assert sweep.needs(points[1], names[1:]) == {"one/start"}
   ran, other = [], contextlib.ExitStack()
   assert other.enter_context(sweep.claimed(points[0], out))
 
@@ -299,3 +300,21 @@ def test_table_of_terms(tmp_path):
     "| a | 2 | 51.0 (sd 1.4) | 50.0 (sd 0.0) | 25.0 (sd 0.0) | 9.50 (sd 0.71) |"
   )
   assert row in terms_table.table({"a": [found, other]})
+
+
+def test_neighbours_arms():
+  points = {p.name: p for p in sweep.collect(neighbours.sweep)}
+  assert len(points) == 12 * neighbours.SEEDS
+  selected = points["seed_1/temporal_selected"]
+  assert sweep.needs(selected, points) == {
+    "seed_1/temporal_cold",
+    "seed_1/temporal_select",
+  }
+  for point in points.values():
+    config = neighbours.get_config(point.arg)
+    for key in point.overrides:  # each is a setting of its config
+      inner = config
+      for part in key.split("."):
+        inner = inner[part]
+  with pytest.raises(ValueError, match="temporal_select"):
+    neighbours.get_config("temporal_half")
