@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import contrasts
+from benchmarks import contrasts, controls
 from benchmarks import terms as terms_table
 from configs import contrasts as contrasts_config
 from configs import neighbours, terms
@@ -318,3 +318,19 @@ def test_neighbours_arms():
         inner = inner[part]
   with pytest.raises(ValueError, match="temporal_select"):
     neighbours.get_config("temporal_half")
+
+
+def test_table_of_controls(tmp_path):
+  folder = tmp_path / "synthetic" / "tad-K8"
+  folder.mkdir(parents=True)
+  figures = [{"group": "all", "value": 0.9}] + [
+    {"group": f"task: {task}", "value": 0.5} for task in controls.TASKS
+  ]
+  (folder / "scores.json").write_text(json.dumps({"figures": figures}))
+  (tmp_path / "manifest.json").write_text('{"seed": 3}')
+  # Finished: nothing is run.
+  found = controls.evaluate(tmp_path, "tad", tmp_path, count=1)
+  assert found == dict.fromkeys(controls.TASKS, 0.5)
+  other = found | {"needle": 0.7}
+  row = "| tad | 60.0 (sd 14.1) | 50.0 (sd 0.0) | 50.0 (sd 0.0) |"
+  assert row in controls.table({"tad": [found, other]})

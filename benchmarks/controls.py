@@ -1,0 +1,112 @@
+"""Other frames before the policies of configs/contrasts.py, and other tasks.
+
+  python -m benchmarks.controls --runs=runs/contrasts --out=runs/controls
+
+The policy of each finished seed answers fresh held-out videos with eight frames
+by every selector, or with all that were scanned: on the tasks it was trained on
+(needle, order_two) and on tasks on which TAD should tie or lose (evidence as
+long as the video: long; many more cuts than keyframes: many_cuts; a gradual
+onset: ramp). Blind, one-frame and times-only answers are among the results of
+the sweep itself. A finished evaluation is not made again.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SELECTORS = (
+  "tad",
+  "uniform",
+  "random",
+  "k_center",
+  "all_frames",
+  "oracle",
+)
+TASKS = ("needle", "order_two", "long", "many_cuts", "ramp")
+
+
+def evaluate(
+  policy: pathlib.Path, select: str, workdir: pathlib.Path, *, count: int
+) -> dict[str, float]:
+  """Task -> accuracy of a run's policy with one selector.
+
+  Args:
+    policy: workdir of the run.
+    select: of `SELECTORS`.
+    workdir: of the evaluation; one that is finished is read.
+    count: videos of each task.
+
+  Raises:
+    subprocess.CalledProcessError: the evaluation failed.
+  """
+  seed = json.loads((policy / "manifest.json").read_text("utf-8"))["seed"]
+  command = [
+    sys.executable,
+    "-m",
+    "cf_jax.main",
+    "--config=configs/evaluate.py",
+    "--config.benchmark=synthetic",
+    f"--config.policy={policy}",
+    f"--config.select={select}",
+    f"--config.data.synthetic.tasks={TASKS}",
+    f"--config.data.synthetic.num_test={count * len(TASKS)}",
+    f"--config.data.seed={seed}",
+    f"--workdir={workdir}",
+  ]
+  found = list(workdir.glob("synthetic/*/scores.json"))
+  if not found:
+    subprocess.run(command, check=True)
+    found = list(workdir.glob("synthetic/*/scores.json"))
+  (path,) = found
+  return {
+    figure["group"].removeprefix("task: "): figure["value"]
+    for figure in json.loads(path.read_text("utf-8"))["figures"]
+    if figure["group"].startswith("task: ")
+  }
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+  """Markdown: selector -> task -> accuracy, one a seed; mean, sd (ddof 1)."""
+  lines = ["| frames | " + " | ".join(TASKS) + " |"]
+  lines.append("|---|" + "---|" * len(TASKS))
+  for select, seeds in found.items():
+    cells = []
+    for task in TASKS:
+      each = [100 * seed[task] for seed in seeds]
+      spread = f" (sd {np.std(each, ddof=1):.1f})" if len(each) > 1 else ""
+      cells.append(f"{np.mean(each):.1f}{spread}")
+    lines.append(f"| {select} | " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+  """Evaluates what is missing, prints the table, keeps it as JSON."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--runs", type=pathlib.Path, required=True)
+  parser.add_argument("--arm", default="tad_kfgrpo", help="whose policy")
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--count", type=int, default=256, help="videos a task")
+  args = parser.parse_args()
+  runs = sorted(args.runs.glob(f"seed_*/{args.arm}/results.json"))
+  if not runs:
+    parser.error(f"{args.runs} has no finished {args.arm}")
+  found: dict[str, list] = {select: [] for select in SELECTORS}
+  for results in runs:
+    policy = results.parent.absolute()
+    for select in SELECTORS:
+      workdir = args.out / policy.parent.name / args.arm / select
+      found[select].append(evaluate(policy, select, workdir, count=args.count))
+  print(f"{args.arm}, {len(runs)} seeds, {args.count} videos a task\n")
+  print(table(found))
+  (args.out / f"{args.arm}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
