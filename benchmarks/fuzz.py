@@ -36,7 +36,7 @@ from hypothesis import strategies
 from ml_collections import config_flags
 
 from cf_jax import main as command
-from cf_jax.data import answers, grounding_answers, prompts, records
+from cf_jax.data import answers, datasets, grounding_answers, prompts, records
 from cf_jax.models import config as model_config
 from cf_jax.models import hf_config, hf_weights, vlm
 from cf_jax.runtime import checkpoint
@@ -103,6 +103,39 @@ def damage(data: bytes, changes) -> bytes:
   return data
 
 
+class Near(NamedTuple):
+  """A value like the one that is there: most of a door lies behind it.
+
+  Attributes:
+    number: which one.
+  """
+
+  number: int
+
+  def of(self, value: Any) -> Any:
+    """The value in place of `value`; Ellipsis takes it out."""
+    mild, wild = [value], [None, ...]
+    if isinstance(value, bool):
+      mild, wild = [not value], [*wild, int(value), str(value)]
+    elif isinstance(value, int | float):
+      mild += [value + 1, value + 0.25, 3 * value, 0, 10**6 * value]
+      wild += [-value, 10**400, -(10**400), 1e308, float("inf"), float("nan")]
+      wild += [bool(value), str(value)]
+    elif isinstance(value, str):
+      mild += [f"{value} x", f" {value}\n", value.upper(), value * 9, "A", "B"]
+      mild += [f"{value} é\u202e\U0001f600", f"{value}<|im_end|>", "3"]
+      wild += [value[:-1], "", " ", f"../{value}", f"{value}\0", "\ud800"]
+      wild += ["1e400", "9" * 400, "0.00 to 1.00", [value]]
+    elif isinstance(value, list):
+      mild += [value[::-1], value + value, value[:1], value * 13, []]
+      wild += [value[1:], [value], dict(enumerate(map(str, value)))]
+    elif isinstance(value, dict):
+      mild += [value | {"more": "x"}]
+      wild += [{}, {f"{key}x": v for key, v in value.items()}, [*value], "x"]
+    made = wild if self.number % 3 == 0 else mild
+    return made[self.number // 3 % len(made)]
+
+
 def with_changes(spec: dict, changes) -> dict:
   """Fields of an object and of those within replaced, or taken out."""
   spec = json.loads(json.dumps(spec))
@@ -119,6 +152,8 @@ def with_changes(spec: dict, changes) -> dict:
     if not places:
       break
     node, key = places[int(where * len(places))]
+    if isinstance(value, Near):
+      value = value.of(node[key])
     if value is Ellipsis:
       del node[key]
     else:
@@ -133,6 +168,15 @@ CHANGES = strategies.lists(
   ),
   min_size=1,
   max_size=3,
+)
+
+FEW = strategies.lists(
+  strategies.tuples(
+    strategies.floats(0, 1, exclude_max=True),
+    strategies.integers(0, 359).map(Near),
+  ),
+  min_size=1,
+  max_size=2,
 )
 
 
@@ -175,34 +219,79 @@ def _open(common, answer=""):
   return common | {"options": (), "answer": answer}
 
 
-LINE = {
+_CHOICE = {
   "video": "a.mp4",
   "question": "Which?",
   "options": ["red", "blue"],
   "answer": "B",
-  "start_s": 1.0,
-  "end_s": 2.5,
   "id": "x",
-  "task": "needle",
-  "kind": "multiple_choice",
-  "reasoning": "Because.",
-  "evidence": [[1.0, 2.0]],
-  "boxes": [[0.1, 0.2, 0.3, 0.4]],
-  "events": ["one", "two"],
-  "groups": {"length": "short"},
+}
+_FOUND = {"video": "a.mp4", "question": "When?", "start_s": 1.0, "end_s": 2.5}
+# A line of a manifest for what can be in one.
+LINES = {
+  "choice": _CHOICE
+  | {
+    "start_s": 1.0,
+    "end_s": 2.5,
+    "task": "needle",
+    "kind": "multiple_choice",
+    "reasoning": "Because.",
+    "groups": {"length": "short"},
+    "labels": ["Option 1", "Option 2"],
+    "flaws": ["two are right"],
+  },
+  "text": _CHOICE | {"answer": "blue", "evidence": [[1.0, 2.0], [3, 4.5]]},
+  "grounded": _CHOICE | {"kind": "grounded_qa", "start_s": 0, "end_s": 3},
+  "numerical": {"video": "a.mp4", "question": "How many?", "answer": 3},
+  "regression": {
+    "video": "a.mp4",
+    "question": "How far?",
+    "answer": "1,250.5",
+    "kind": "regression",
+    "duration_s": 9.5,
+  },
+  "open": {
+    "video": "a.mp4",
+    "question": "What?",
+    "answer": "a cat",
+    "kind": "open_ended",
+    "rubric": "Is it right?",
+    "subtitles": "a.srt",
+    "subtitles_start_s": 30,
+  },
+  "interval": _FOUND | {"kind": "interval", "clip": [2.0, 12.5]},
+  "highlights": _FOUND
+  | {"kind": "interval", "saliency": [[0, [1, 2, 3]], [1, [0, 4, 4]]]},
+  "tracking": {
+    "video": "frames",
+    "fps": 3.0,
+    "image": "a.png",
+    "question": "Where?",
+    "kind": "tracking",
+    "boxes": [[0.1, 0.1, 0.3, 0.4], [0.2, 0.1, 0.4, 0.4]],
+  },
+  "caption": {
+    "video": "a.mp4",
+    "question": "What happens?",
+    "kind": "caption",
+    "events": ["It rises.", "It falls."],
+  },
 }
 
 
-def read_manifest(changes) -> None:
-  """data/records.py: a line of JSON with odd fields, or a damaged file."""
-  if len(changes[0]) == 3:
-    rows = [LINE | {"id": str(n)} for n in range(3)]
-    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    data = damage(whole, changes)
-  else:
-    data = json.dumps(with_changes(LINE, changes)).encode()
+def read_manifest(case) -> None:
+  """data/records.py: a line of JSON with odd fields, or a damaged file.
+
+  What is taken can be judged, and is the same when it is written and read.
+  """
+  name, changes = case
   path = _scratch() / "my.jsonl"
-  path.write_bytes(data)
+  if len(changes[0]) == 3:
+    rows = [LINES[name] | {"id": str(n)} for n in range(3)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(damage(whole, changes))
+  else:
+    path.write_text(json.dumps(with_changes(LINES[name], changes)) + "\n")
   try:
     samples = records.load_jsonl(path)
     earned = {name for names in answers.CREDIT.values() for name in names}
@@ -212,6 +301,195 @@ def read_manifest(changes) -> None:
   for sample in samples:
     inside = pathlib.Path(sample.video).resolve().is_relative_to(_scratch())
     assert inside and isinstance(sample.question, str)
+    _judge(sample)
+  path.write_text(records.to_jsonl(samples))
+  assert records.load_jsonl(path) == samples
+
+
+def _judge(sample: records.Sample) -> None:
+  """Any completion has a share of the credit."""
+  for answer in ("A", "3", sample.answer, "1.00 to 2.50", "[[0, 0, 1, 1]]", ""):
+    text = f"<think>At 1.5s.</think><answer>{answer}</answer>"
+    parsed = answers.parse_completion(text)
+    if sample.kind not in answers.JUDGED:
+      made = answers.credit(text, parsed, sample, interval_form="strict")
+      assert all(0 <= score <= 1 for score in made.values()), made
+
+
+_RECIPE = {"id": "v_0", "question": "Which?", "answer": "b"}
+# Dataset -> a name of its files, and a right file of its own.
+PUBLISHED = {
+  "videomme": (
+    "a.json",
+    [
+      dict(
+        videoID="v",
+        question_id="001-1",
+        question="Which?",
+        options=["A. Apples.", "B. Candles."],
+        answer="A",
+        task_type="Counting Problem",
+        duration="short",
+        domain="Knowledge",
+        sub_category="Geography",
+      )
+    ],
+  ),
+  "lvbench": (
+    "a.jsonl",
+    {
+      "key": "Cm73",
+      "type": "cartoon",
+      "video_info": {"duration_minutes": 2.0},
+      "qa": [
+        {
+          "uid": 55,
+          "question": "Which year?\n(A) 1636\n(B) 1366",
+          "answer": "B",
+          "question_type": ["reasoning", "summarization"],
+          "time_reference": "01:00-01:30",
+        }
+      ],
+    },
+  ),
+  "longvideobench": (
+    "lvb_val.json",
+    [
+      _RECIPE
+      | dict(
+        video_path="v.mp4",
+        candidates=["a", "b", "c"],
+        correct_choice=2,
+        question_category="TOS",
+        topic_category="KA",
+        level="L2-Relation",
+        duration_group=600,
+        duration=190.16,
+        subtitle_path="v_en.json",
+        starting_timestamp_for_subtitles=30,
+      )
+    ],
+  ),
+  "mlvu": (
+    "1_plotQA.json",
+    [
+      _RECIPE
+      | dict(video="a.mp4", duration=9, question_type="plotQA")
+      | dict(candidates=["a", "b"])
+    ],
+  ),
+  "mvbench": (
+    "episodic_reasoning.json",
+    [
+      _RECIPE | dict(video="clip_01", candidates=["a", "b"], start=2.0, end=5.0)
+    ],
+  ),
+  "tempcompass": (
+    "multi-choice.json",
+    {
+      "1_reverse": {
+        "order": [{"question": "What?\nA. up\nB. down", "answer": "B. down"}]
+      }
+    },
+  ),
+  "vsibench": (
+    "test.jsonl",
+    dict(
+      id=3,
+      dataset="scannet",
+      scene_name="scene0_00",
+      question="How?",
+      question_type="room_size_estimation",
+      ground_truth="21.8",
+      options=None,
+    ),
+  ),
+  "charades_sta": (
+    "test.json",
+    {
+      "3MSZA": {
+        "duration": 30.96,
+        "timestamps": [[24.3, 30.4]],
+        "sentences": ["person turn a light on."],
+      }
+    },
+  ),
+  "activitynet": (
+    "val_2.json",
+    {
+      "v_a": {
+        "duration": 55.15,
+        "timestamps": [[0, 4.14], [4.14, 50]],
+        "sentences": ["Two men.", " One man."],
+      }
+    },
+  ),
+  "dream1k": (
+    "DREAM-1k.jsonl",
+    dict(
+      idx=2,
+      video_file="video/2.mp4",
+      description="It was.",
+      events=["it was"],
+      duration=3.0,
+      source="youtube",
+    ),
+  ),
+  "video_r1": (
+    "a.json",
+    [
+      {
+        "problem_id": 7,
+        "problem": "Which?",
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "options": ["A. red", "B. blue"],
+        "process": "<think>It is blue.</think>",
+        "solution": "<answer>B</answer>",
+        "path": "./CLEVRER/train/v.mp4",
+        "data_source": "CLEVRER",
+      }
+    ],
+  ),
+  "llava_video": (
+    "0_30_s_mc_qa.json",
+    [
+      {
+        "id": "x",
+        "video": "academic_source/a.mp4",
+        "data_source": "academic",
+        "conversations": [
+          {
+            "from": "human",
+            "value": "<image>\nWho?\nA. Ann\nB. Bob\nAnswer by the letter.",
+          },
+          {"from": "gpt", "value": "B."},
+        ],
+      }
+    ],
+  ),
+}
+
+
+def read_annotations(case) -> None:
+  """data/datasets.py: an annotation file of a published form, changed."""
+  name, changes = case
+  file, made = PUBLISHED[name]
+  folder = _scratch() / "annotations"
+  folder.mkdir(exist_ok=True)
+  path = folder / file
+  made = {"": made}
+  made = with_changes(made, changes).get("", None)
+  path.write_text(json.dumps(made) + "\n")
+  try:
+    samples = datasets.read(name, path)
+    for sample in samples:
+      answers.check_sample(sample)
+  except ValueError as error:
+    raise Refused(error) from error
+  for sample in samples:
+    assert ".." not in pathlib.Path(sample.video).parts, sample.video
+    _judge(sample)
 
 
 @functools.cache
@@ -468,7 +746,20 @@ DOORS = {
     read_answer,
     strategies.one_of(TEXT, strategies.lists(TAGS, max_size=20).map("".join)),
   ),
-  "manifest": Door(read_manifest, EITHER),
+  "manifest": Door(
+    read_manifest,
+    strategies.tuples(
+      strategies.sampled_from(sorted(LINES)),
+      strategies.one_of(FEW, FEW, FEW, CHANGES, DAMAGE),
+    ),
+  ),
+  "annotations": Door(
+    read_annotations,
+    strategies.tuples(
+      strategies.sampled_from(sorted(PUBLISHED)),
+      strategies.one_of(FEW, FEW, FEW, CHANGES),
+    ),
+  ),
   "tokenizer": Door(
     read_tokenizer, strategies.tuples(strategies.integers(0, 9), EITHER)
   ),

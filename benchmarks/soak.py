@@ -8,11 +8,15 @@ process is looked at: resident memory, arrays on devices and their bytes,
 threads, open files. Prints one line: steps, growth, recompiles, lost.
 
 It is resumable (the run is in OUT/run, what was seen in OUT/soak.jsonl), and
-`--seconds` after the first update it ends early. Memory is compared within one
-start, after a warm-up.
+`--seconds` after the first update it ends early. What is held is compared
+within one start, after a warm-up: some looks, and the first rebuilding of the
+report, which draws with fonts that matplotlib then keeps open. OUT/soak.jsonl
+has the memory over the whole start, to tell what flattens from what climbs.
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import gc
 import json
@@ -27,7 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import ml_collections
 
-from cf_jax import disk
+from cf_jax import disk, report
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import policies, reinforce
 from cf_jax.runtime import checkpoint, lifecycle, telemetry
@@ -36,6 +40,7 @@ from configs import kfgrpo_cpu
 EVERY = 5  # updates between two looks
 # Looks of a start that fill caches, and those that are compared as one.
 WARM_UP, WINDOW = 10, 10
+CURVE = 20  # points of the memory's curve
 # What the least of the last window may lie above that of the first: a
 # checkpoint that is being written holds files and threads for a while.
 MAX_GROWTH = {
@@ -96,39 +101,65 @@ def look() -> dict[str, float]:
   }
 
 
+def open_files() -> collections.Counter[str]:
+  """name -> how many times the process has it open."""
+  found = collections.Counter()
+  for link in pathlib.Path("/proc/self/fd").iterdir():
+    with contextlib.suppress(FileNotFoundError):  # the listing's own
+      found[str(link.readlink())] += 1
+  return found
+
+
 class Watch(lifecycle.Guard):
   """Looks at the process now and then, and stops in time."""
 
   def __init__(self, workdir: pathlib.Path, seconds: float, **settings: Any):
     super().__init__(workdir, **settings)
     self._seconds, self._begin = seconds, 0.0
-    self.seen: list[dict[str, float]] = []
+    self._looks = 0
+    self.seen: list[dict[str, float]] = []  # after the warm-up
+    self.files: collections.Counter[str] | None = None  # open then
 
   def advance(self, step: int, folder: pathlib.Path) -> str:
     reason = super().advance(step, folder)
     self._begin = self._begin or time.monotonic()  # it compiles before
     if step % EVERY == 0:
       gc.collect()  # what is only waiting for it has not leaked
-      self.seen.append({"step": step} | look())
+      self._looks += 1
+      if self._looks > WARM_UP and (folder / report.REPORT_FILE).exists():
+        self.files = self.files or open_files()
+        self.seen.append({"step": step} | look())
     spent = time.monotonic() - self._begin > self._seconds
     return reason or ("--seconds" if spent else "")
 
 
 def growth(seen: list[dict[str, float]]) -> dict[str, float] | None:
-  """name -> share by which it grew; None of a start too short to tell."""
-  if len(seen) < WARM_UP + 2 * WINDOW:
+  """name -> share by which it grew; None of looks too few to tell."""
+  if len(seen) < 2 * WINDOW:
     return None
-  first, last = seen[WARM_UP : WARM_UP + WINDOW], seen[-WINDOW:]
+  first, last = seen[:WINDOW], seen[-WINDOW:]
   return {
     name: min(row[name] for row in last) / min(row[name] for row in first) - 1
     for name in MAX_GROWTH
   }
 
 
-def train(config, out: pathlib.Path, seconds: float) -> list[dict]:
-  """Goes on with the run; what was seen of it."""
+def curve(seen: list[dict[str, float]]) -> list[tuple[int, float]]:
+  """(update, least MiB resident) of equal stretches of the looks."""
+  size = -(-len(seen) // CURVE) or 1
+  stretches = [seen[n : n + size] for n in range(0, len(seen), size)]
+  return [
+    (part[-1]["step"], round(min(row["rss_mib"] for row in part), 1))
+    for part in stretches
+  ]
+
+
+def train(config, out: pathlib.Path, seconds: float) -> Watch:
+  """Goes on with the run; who watched it."""
   workdir = out / "run"
   workdir.mkdir(parents=True, exist_ok=True)
+  # An earlier start's; the warm-up waits for one of this start.
+  (workdir / report.REPORT_FILE).unlink(missing_ok=True)
   watch = Watch(workdir, seconds, **config.runtime)
   store = checkpoint.Checkpoints(
     workdir / "checkpoints" / "rl", **config.checkpoint
@@ -144,11 +175,11 @@ def train(config, out: pathlib.Path, seconds: float) -> list[dict]:
         reinforce.train_policy(experiment, params, writer, store)
     except lifecycle.Stopped as stopped:
       print(stopped, flush=True)
-  return watch.seen
+  return watch
 
 
 def main() -> int:
-  """The exit code is 1 where something grew or compiled again."""
+  """The exit code is 1 where something grew, compiled again, or is untold."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -159,26 +190,39 @@ def main() -> int:
   out = args.out.absolute()
   jax.config.update("jax_compilation_cache_dir", str(out / "xla"))
   begin = time.monotonic()
-  seen = train(make_config(args.steps, out), out, args.seconds)
-  spent_s = time.monotonic() - begin
-  rows = telemetry.read_rows(out / "run" / telemetry.METRICS_FILE)
-  steps = [row["step"] for row in rows]
+  watch = train(make_config(args.steps, out), out, args.seconds)
+  seen, spent_s = watch.seen, time.monotonic() - begin
+  steps, recompiles = [], 0
+  for row in telemetry.each_row(out / "run" / telemetry.METRICS_FILE):
+    steps.append(row["step"])
+    recompiles += row["recompiles"] > 0
   holes = steps != list(range(1, len(steps) + 1))
-  recompiles = sum(row["recompiles"] > 0 for row in rows)
   found = growth(seen)
   starts = telemetry.read_rows(out / "soak.jsonl")
-  starts.append({"looks": len(seen), "seconds": spent_s, "growth": found})
+  starts.append(
+    {
+      "looks": len(seen),
+      "seconds": spent_s,
+      "growth": found,
+      "second half": growth(seen[len(seen) // 2 :]),
+      "curve": curve(seen),
+      "opened": dict(open_files() - watch.files) if watch.files else {},
+    }
+  )
   disk.write_text(
     out / "soak.jsonl", "".join(json.dumps(row) + "\n" for row in starts)
   )
   told = [start["growth"] for start in starts if start["growth"]]
   most = {n: max(g[n] for g in told) for n in MAX_GROWTH} if told else {}
   grew = [name for name, share in most.items() if share > MAX_GROWTH[name]]
-  lost = bool(grew) + bool(recompiles) + bool(holes)
+  lost = bool(grew) + bool(recompiles) + bool(holes) + (not told)
   print(
     f"soak: {len(steps)} steps in {sum(s['seconds'] for s in starts):.0f} s and"
     f" {len(starts)} starts; growth at most "
-    + (", ".join(f"{n} {100 * v:+.1f} %" for n, v in most.items()) or "untold")
+    + (
+      ", ".join(f"{n} {100 * v:+.1f} %" for n, v in most.items())
+      or "untold: the starts were too short"
+    )
     + f"; now {json.dumps(seen[-1]) if seen else '{}'};"
     f" steps with recompiles {recompiles}; lost {lost}"
   )

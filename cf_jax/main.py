@@ -3,7 +3,8 @@
 Flags, `jax.distributed`, and the program that the config names; everything
 else is a library, so that tests and notebooks call the programs themselves.
 
-Exit codes: 0 done, 2 something that the user can put right (one sentence), 75
+Exit codes: 0 done, 1 something else went wrong (a traceback), 2 something that
+the user can put right (one sentence; all processes of the run end so), 75
 stopped on request with everything saved, 76 because another process of the run
 failed or is gone, 130 interrupted.
 """
@@ -137,7 +138,9 @@ def run(argv: list[str]) -> None:
 
   try:
     program.run(config, workdir)
+    processes.part()
   except lifecycle.Stopped as stopped:
+    processes.part()
     print(
       f"stopped: {stopped}; all is saved, the same command goes on from there",
       file=sys.stderr,
@@ -153,17 +156,18 @@ def leave_together(error: Exception) -> None:
   """Ends all processes of a run in which one met an error; does not return."""
   from cf_jax.runtime import processes
 
-  if processes.is_lost(error):
-    first = str(error).strip().partition("\n")[0]
+  said = processes.lost(error)
+  if said:
     processes.leave(
-      f"another process of this run is gone ({first[:200]}). Start all of them"
+      f"another process of this run is gone ({said[:200]}). Start all of them"
       " again with the same command: the run goes on from its newest"
       " checkpoint",
       processes.EXIT_PEER,
     )
-  if not isinstance(error, ValueError | FloatingPointError | OSError):
-    logging.error("this process failed", exc_info=True)
-  processes.leave(explain_error(error), 2)
+  if isinstance(error, ValueError | FloatingPointError | OSError):
+    processes.leave(explain_error(error), processes.EXIT_USER)
+  logging.error("this process failed", exc_info=True)
+  processes.leave(f"{type(error).__name__}: {error}", 1)
 
 
 # errno -> what is the matter, and what to do.

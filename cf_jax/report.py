@@ -8,6 +8,7 @@ Axes: `T` scanned frames, `K` frames shown.
 """
 
 import base64
+import collections
 import datetime
 import html
 import io
@@ -17,7 +18,7 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -67,7 +68,12 @@ _STYLE = {
   "ytick.color": _MUTED,
 }
 
+_ROWS_AT_ONCE = 256  # of metrics, as dicts in memory
+_MOST_POINTS = 2000  # of a curve
 _STRIP_COLUMNS = 8  # keyframes side by side; more go into further rows
+
+# stage -> name -> float64[rows], NaN where a row has none of it.
+Metrics = dict[str, dict[str, np.ndarray]]
 
 # What pays a rollout besides its rewards -> what that is called.
 _METHODS = {
@@ -565,8 +571,10 @@ def write_report(
     ValueError: the workdir holds none of these files.
   """
   workdir = pathlib.Path(workdir)
-  metrics = telemetry.read_rows(workdir / telemetry.METRICS_FILE)
-  rollouts = telemetry.read_rows(workdir / telemetry.ROLLOUTS_FILE)
+  metrics = _columns(telemetry.each_row(workdir / telemetry.METRICS_FILE))
+  rollouts = _spread_groups(
+    workdir / telemetry.ROLLOUTS_FILE, max(num_rollouts // 2, 1)
+  )
   results = _read_json(workdir / RESULTS_FILE)
   manifest = _read_json(workdir / telemetry.MANIFEST_FILE)
   strips = sorted((workdir / STRIPS_FOLDER).glob("*.png"))
@@ -870,14 +878,38 @@ def _head(name: str, results: dict, manifest: dict) -> str:
 # ------------------------------------------------------------------ sections
 
 
-def _training(metrics: list[dict], names: dict[str, str]) -> str:
+def _columns(rows: Iterator[dict]) -> Metrics:
+  """Metrics by name: a row of a long run is 8 bytes a number, no dict."""
+  stages: dict[str, dict[str, list[np.ndarray]]] = {}
+  length = collections.Counter()
+  while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+    for stage in dict.fromkeys(row["stage"] for row in block):
+      part = [row for row in block if row["stage"] == stage]
+      columns = stages.setdefault(stage, {})
+      for name in dict.fromkeys(name for row in part for name in row):
+        if name != "stage":
+          columns.setdefault(name, [np.full(length[stage], np.nan)])
+      for name, column in columns.items():
+        found = (row.get(name) for row in part)
+        column.append(
+          np.array(
+            [x if isinstance(x, (int, float)) else np.nan for x in found]
+          )
+        )
+      length[stage] += len(part)
+  return {
+    stage: {name: np.concatenate(column) for name, column in columns.items()}
+    for stage, columns in stages.items()
+  }
+
+
+def _training(metrics: Metrics, names: dict[str, str]) -> str:
   if not metrics:
     return ""
-  stages = list(dict.fromkeys(row["stage"] for row in metrics))
   offset, updates = {}, 0
-  for stage in stages:
+  for stage, columns in metrics.items():
     offset[stage] = updates
-    updates += max(row["step"] for row in metrics if row["stage"] == stage)
+    updates += int(columns["step"].max())
   panels = []
   for title, label, share, sources in _PANELS:
     series = _series(metrics, sources, names)
@@ -897,25 +929,21 @@ def _training(metrics: list[dict], names: dict[str, str]) -> str:
 
 
 def _series(
-  metrics: list[dict],
+  metrics: Metrics,
   sources: Sequence[tuple[str, str, str]],
   names: dict[str, str],
 ) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
   """(label, stage, step[n], value[n]) of every metric a panel shows."""
   found = []
   for stage, pattern, label in sources:
-    rows = [row for row in metrics if row["stage"] == stage]
-    for name in dict.fromkeys(name for row in rows for name in row):
+    columns = metrics.get(stage, {})
+    for name, value in columns.items():
       match = re.fullmatch(pattern, name)
-      points = [
-        (row["step"], row[name])
-        for row in rows
-        if isinstance(row.get(name), (int, float))
-      ]
-      if match and points:
-        step, value = np.asarray(points, dtype=float).T
+      measured = ~np.isnan(value)
+      if match and measured.any():
         label_of = label.replace("{stage}", names.get(stage, stage))
-        found.append((match.expand(label_of), stage, step, value))
+        step = columns["step"][measured]
+        found.append((match.expand(label_of), stage, step, value[measured]))
   return found[: len(_SERIES)]
 
 
@@ -926,10 +954,15 @@ def _curves(axes, series, offset, names, *, title, label, share) -> None:
     x = step + offset[stage] - start
     y = 100 * value if share else value
     window = max(len(y) // 20, 1)
-    axes.plot(x, y, color=color, linewidth=0.7, alpha=0.35 if window > 1 else 1)
+    alpha = 0.35 if window > 1 else 1
+    axes.plot(*_outline(x, y), color=color, linewidth=0.7, alpha=alpha)
     few = {"marker": "o", "markersize": 3.5} if len(y) <= 30 else {}
     axes.plot(
-      x, _running_mean(y, window), color=color, linewidth=1.8, label=name, **few
+      *_outline(x, _running_mean(y, window)),
+      color=color,
+      linewidth=1.8,
+      label=name,
+      **few,
     )
   for stage in used:
     if offset[stage] > start:
@@ -960,6 +993,22 @@ def _curves(axes, series, offset, names, *, title, label, share) -> None:
     axes.set_ylim(-2, 102)
   if len(series) > 1:
     axes.legend(fontsize=8, loc="best", handlelength=1.4)
+
+
+def _outline(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What a curve of any length looks like in a panel, in a few points.
+
+  Of each of `_MOST_POINTS` / 2 stretches, the lowest and the highest point: a
+  panel has fewer columns of pixels, and a page does not grow with its run.
+  """
+  if len(y) <= _MOST_POINTS:
+    return x, y
+  kept = [
+    part[[np.argmin(y[part]), np.argmax(y[part])]]
+    for part in np.array_split(np.arange(len(y)), _MOST_POINTS // 2)
+  ]
+  index = np.unique([0, *np.concatenate(kept), len(y) - 1])
+  return x[index], y[index]
 
 
 def _running_mean(value: np.ndarray, window: int) -> np.ndarray:
@@ -1138,21 +1187,35 @@ def _probes(probes: dict) -> str:
   )
 
 
-def _rollouts(rows: list[dict], limit: int, names: dict[str, str]) -> str:
-  """The best and the worst completion of groups spread over the updates."""
+def _spread_groups(path: pathlib.Path, count: int) -> dict[tuple, list[dict]]:
+  """The rollouts of at most `count` groups, spread over the updates.
+
+  Two readings of the file, as it may be larger than what memory is for.
+  """
+
+  def key(row):
+    return row["stage"], row["step"], row.get("sample_id"), row.get("prompt")
+
+  # Of a prompt, its hash: a group is told by it in this process alone.
+  seen = list(dict.fromkeys(hash(key(r)) for r in telemetry.each_row(path)))
+  places = np.linspace(0, len(seen) - 1, min(count, len(seen)))
+  wanted = {seen[place] for place in places.round().astype(int)}
   groups: dict[tuple, list[dict]] = {}
-  for row in rows:
-    key = (row["stage"], row["step"], row.get("sample_id"), row.get("prompt"))
-    groups.setdefault(key, []).append(row)
+  for row in telemetry.each_row(path):
+    if hash(key(row)) in wanted:
+      groups.setdefault(key(row), []).append(row)
+  return groups
+
+
+def _rollouts(
+  groups: dict[tuple, list[dict]], limit: int, names: dict[str, str]
+) -> str:
+  """The best and the worst completion of some groups."""
   if not groups or limit < 1:
     return ""
-  keys = list(groups)
-  count = min(max(limit // 2, 1), len(keys))
-  chosen = np.unique(np.linspace(0, len(keys) - 1, count).round().astype(int))
   cards = []
-  for place in chosen:
-    key = keys[place]
-    ranked = sorted(groups[key], key=_total, reverse=True)
+  for key, rows in groups.items():
+    ranked = sorted(rows, key=_total, reverse=True)
     shown = [ranked[0]]
     if _total(ranked[-1]) < _total(ranked[0]) and limit > 1:
       shown.append(ranked[-1])
@@ -1214,7 +1277,7 @@ def _cut(text: str, limit: int = 1500) -> str:
 
 
 def _times(
-  metrics: list[dict], results: dict, manifest: dict, names: dict[str, str]
+  metrics: Metrics, results: dict, manifest: dict, names: dict[str, str]
 ) -> str:
   """Medians over the updates, which compiling does not move.
 
@@ -1223,15 +1286,14 @@ def _times(
   """
   made = []
   timing = results.get("timing", {})
-  for stage in dict.fromkeys(row["stage"] for row in metrics):
-    rows = [row for row in metrics if row["stage"] == stage]
-    seconds = _medians(rows, "time/", "_s")
+  for stage, columns_of in metrics.items():
+    seconds = _medians(columns_of, "time/", "_s")
     if not max(seconds.values(), default=0.0) > 0:
       continue
     title = names.get(stage, stage)
     shares = {
-      "of the seconds": _time_shares(rows),
-      "of the operations": _medians(rows, "work/", ""),
+      "of the seconds": _time_shares(columns_of),
+      "of the operations": _medians(columns_of, "work/", ""),
     }
     shares = {name: share for name, share in shares.items() if share}
     columns = {
@@ -1244,11 +1306,11 @@ def _times(
       },
       "a second": {
         phase: f"{value:,.0f} {_UNITS.get(phase, 'tokens')}"
-        for phase, value in _medians(rows, "rate/", "_per_s").items()
+        for phase, value in _medians(columns_of, "rate/", "_per_s").items()
       },
       "of the peak (MFU)": {
         phase: f"{value:.1%}"
-        for phase, value in _medians(rows, "mfu/", "").items()
+        for phase, value in _medians(columns_of, "mfu/", "").items()
       },
     }
     columns = {name: cells for name, cells in columns.items() if cells}
@@ -1304,17 +1366,15 @@ def _times(
   )
 
 
-def _time_shares(rows: list[dict]) -> dict[str, float]:
+def _time_shares(columns: dict[str, np.ndarray]) -> dict[str, float]:
   """Median share of a step's seconds of every phase that is part of it."""
-  divided = [
-    {
-      name: value / row["time/step_s"]
-      for name, value in row.items()
-      if name.startswith("time/") and value is not None
-    }
-    for row in rows
-    if row.get("time/step_s")
-  ]
+  whole = columns.get("time/step_s", np.empty(0))
+  timed = whole > 0
+  divided = {
+    name: column[timed] / whole[timed]
+    for name, column in columns.items()
+    if name.startswith("time/") and timed.any()
+  }
   shares = _medians(divided, "time/", "_s")
   return {
     phase: share
@@ -1377,19 +1437,16 @@ def _stacked(axes, bars: dict[str, dict[str, float]], *, title: str) -> None:
   )
 
 
-def _medians(rows: list[dict], prefix: str, suffix: str) -> dict[str, float]:
+def _medians(
+  columns: dict[str, np.ndarray], prefix: str, suffix: str
+) -> dict[str, float]:
   """Medians of the metrics named so, without prefix and suffix."""
-  names = dict.fromkeys(
-    name
-    for row in rows
-    for name, value in row.items()
-    if value is not None and name.startswith(prefix) and name.endswith(suffix)
-  )
   return {
-    name[len(prefix) : len(name) - len(suffix)]: float(
-      np.median([row[name] for row in rows if row.get(name) is not None])
-    )
-    for name in names
+    name[len(prefix) : len(name) - len(suffix)]: float(np.nanmedian(column))
+    for name, column in columns.items()
+    if name.startswith(prefix)
+    and name.endswith(suffix)
+    and not np.isnan(column).all()
   }
 
 

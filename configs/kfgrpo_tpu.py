@@ -13,9 +13,14 @@ multiple of the chips. Nobody has run this on TPUs yet.
   python -m cf_jax.main --config=configs/plan.py \
     --config.target=configs/kfgrpo_tpu.py --config.topology=v6e:8x8
 
-says what a chip would hold, compute and send. Of the update on v6e:8x8: 9.1 of
-31.25 GiB a chip, at least 0.9 s, MFU at most 54 % (docs/scale.md; a bound, not
-a measurement).
+says what a chip would hold, compute and send (a bound, not a measurement;
+docs/scale.md has every program, and 64 keyframes). Of 7B on 64 chips:
+
+            update                           768 tokens of 512 completions
+  v6e:8x8   at least 0.90 s, MFU <= 55 %     at least 1.94 s
+  v5p:4x4x4 at least 1.42 s, MFU <= 69 %     at least 1.29 s
+
+No program takes more than 9.1 of a v6e's 31.25 GiB, 9.4 of a v5p's 95.74.
 
   configs/kfgrpo_tpu.py:smoke   a small policy on built-in data
 """

@@ -37,6 +37,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # "update decode": these programs and what they depend on; "": all.
   config.programs = ""
   config.largest = 8  # arrays that are named, of each program
+  # For TPUs: True makes the programs' machine code too, which takes several
+  # times as long. Its size (tens of MiB a program) is then in the figures, and
+  # a kernel that no code can be made of is found.
+  config.machine_code = False
 
   config.distributed = False  # True: jax.distributed.initialize() first
   # Where compiled programs are kept between runs; "" turns it off.

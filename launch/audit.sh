@@ -10,6 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 TOOLS="$ROOT/.venv-audit"
 TOOLS_LOCK="$ROOT/launch/audit.lock"
+# What pip-audit and its libraries say where there is no way to the list.
+OFFLINE='connection ?error|connecttimeout|readtimeout|timed out|max retries|proxyerror|name resolution|name or service not known|network is unreachable|connection (refused|reset|aborted)|failed to (connect|establish)|could not connect|HTTP (502|503|504)|(502|503|504) server error'
 
 # Installed once for each lock; false where that cannot be.
 install_tools() {
@@ -46,8 +48,11 @@ audit_dependencies() {
   unknown="$(grep -c 'could not be audited' <<<"$said" || true)"
   if ((unknown)); then
     say "  left out: the index does not know $unknown packages"
-  elif ((code)); then
+  elif ((code == 124)) || { ((code)) && grep -qiE "$OFFLINE" <<<"$said"; }; then
     say "  left out: the list of holes cannot be reached (${said##*$'\n'})"
+  elif ((code)); then
+    printf '%s\n' "$said" >&2
+    die "pip-audit failed (code $code), and not for want of a network; its last words are above."
   fi
 }
 

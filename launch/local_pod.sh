@@ -61,9 +61,9 @@ one_pod() {
     local -a command=(
       "$VENV_PYTHON" -m cf_jax.main "$@" --config.distributed=True
     )
-    say "+ ${environment[*]} $(printf '%q ' "${command[@]}")> $LOGS/$rank.log"
+    say "+ ${environment[*]} $(printf '%q ' "${command[@]}")>> $LOGS/$rank.log"
     [[ $DRY == no ]] || continue
-    env "${environment[@]}" "${command[@]}" >"$LOGS/$rank.log" 2>&1 &
+    env "${environment[@]}" "${command[@]}" >>"$LOGS/$rank.log" 2>&1 &
     PIDS+=("$!")
   done
   [[ $DRY == no ]] || return 0
@@ -81,7 +81,13 @@ one_pod() {
   return "$first"
 }
 
-[[ $DRY == yes ]] || mkdir -p "$LOGS"
+if [[ $DRY == no ]]; then
+  mkdir -p "$LOGS"
+  # A restart adds to what the start before it said.
+  for ((rank = 0; rank < COUNT; rank++)); do
+    : >"$LOGS/$rank.log"
+  done
+fi
 code=0
 keep_running one_pod "$@" || code=$?
 if ((code != 0)); then

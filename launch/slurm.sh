@@ -13,10 +13,10 @@
 #   SBATCH_EXTRA="--mem=0 --exclusive"   further words for sbatch
 #
 # On a login node it submits itself; within the job it starts the processes.
-# rl.prompts_per_step and data.loader are of each process, so of each GPU. The
-# environment is set up by the login node: .venv must lie on a shared disk, and
-# so must the workdir. Three minutes before its time is up, and when it is
-# preempted, the job is asked to save and stop, and is put back into the queue;
+# Batch sizes of a config are those of the whole run. The environment is set up
+# by the login node: .venv must lie on a shared disk, and so must the workdir.
+# Three minutes before its time is up, and when it is preempted, the job is
+# asked to save and stop, and is put back into the queue;
 # a crash puts it back too, RESTARTS times (20).
 set -euo pipefail
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then

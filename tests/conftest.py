@@ -17,7 +17,9 @@ from typing import NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  # One module for LLVM, not one for each of many threads that are not there.
+  " --xla_cpu_parallel_codegen_split_count=1",
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="cf_jax_xla_")

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import tracemalloc
 
 import matplotlib.image
 import numpy as np
@@ -250,6 +251,69 @@ def test_running_mean_by_hand():
   np.testing.assert_allclose(
     report._running_mean(np.array([1.0, 2.0]), 1), [1.0, 2.0]
   )
+
+
+def test_a_long_run_is_no_list_of_dicts():
+  """8 bytes a number: what a report takes does not grow with its run as fast
+  as the rows that it reads do."""
+  names = [f"m{n}" for n in range(40)]
+
+  def rows():
+    for step in range(1, 3001):
+      row = {name: step + n / 64 for n, name in enumerate(names)}
+      yield {"stage": "rl", "step": step} | row
+
+  def peak(read):
+    tracemalloc.start()
+    kept = read(rows())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most, kept
+
+  least, columns = peak(report._columns)
+  assert 3 * least < peak(list)[0]
+  found = columns["rl"]
+  assert found["m32"][2999] == 3000.5 and len(found) == 41
+
+
+def test_columns_by_hand():
+  rows = [
+    {"stage": "sft", "step": 1, "loss": 2.0},
+    {"stage": "rl", "step": 1, "kl": None, "x": 1},
+    {"stage": "rl", "step": 2, "kl": 0.5},
+  ]
+  found = report._columns(iter(rows))
+  assert list(found) == ["sft", "rl"] and found["sft"]["loss"].tolist() == [2]
+  nan = float("nan")
+  for name, value in {"step": [1, 2], "kl": [nan, 0.5], "x": [1, nan]}.items():
+    np.testing.assert_array_equal(found["rl"][name], value)
+
+
+def test_a_curve_keeps_its_peaks():
+  x = np.arange(100_000.0)
+  y = np.sin(x / 500)
+  y[[34_567, 70_001]] = 9.0, -9.0
+  few_x, few_y = report._outline(x, y)
+  assert len(few_x) <= 2002 and {34_567, 70_001, 0, 99_999} <= {*few_x}
+  assert (np.diff(few_x) > 0).all()
+  np.testing.assert_array_equal(few_y, y[few_x.astype(int)])
+  np.testing.assert_array_equal(report._outline(x[:9], y[:9])[1], y[:9])
+
+
+def test_groups_of_rollouts_are_spread(tmp_path):
+  path = tmp_path / "rollouts.jsonl"
+  rows = [
+    {"stage": "rl", "step": step, "prompt": f"p{step}", "completion": f"{n}"}
+    for step in range(1, 12)
+    for n in range(2)
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  groups = report._spread_groups(path, 3)
+  assert [key[1] for key in groups] == [1, 6, 11]
+  assert [row["completion"] for row in groups["rl", 6, None, "p6"]] == [
+    "0",
+    "1",
+  ]
 
 
 def test_film_strip_marks_frames_of_events(tmp_path):

@@ -7,6 +7,7 @@ import ast
 import html.parser
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cf_jax import report
-from cf_jax.data import images, records
+from cf_jax.data import decoding, images, records
 from cf_jax.data import video as video_lib
 from cf_jax.runtime import telemetry
 from tests.conftest import ROOT
@@ -318,3 +319,99 @@ def test_a_real_browser_runs_nothing(tmp_path):
     assert "<body" in ran.stdout, ran.stderr[-1000:]
     owned.append(bool(re.search(r"<body[^>]*data-owned", ran.stdout)))
   assert owned == [True, False]
+
+
+# ---------------------------------------------------------------------- secrets
+
+
+def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
+  monkeypatch.setenv("SOME_API_KEY", "planted-in-the-environment")
+  kept = telemetry.without_secrets(
+    [
+      "main",
+      "--config=configs/a.py",
+      "--config.sampling.max_tokens=64",
+      "--config.judge.key_variable=SOME_API_KEY",
+      "--config.judge.api_key=abc",
+      "--config.hub.token",
+      "abc",
+      "--config.name=planted-in-the-environment",
+      "--config.judge.url=https://me:word@host/v1",
+      "--config.note=sk-0123456789abcdef",  # pragma: allowlist secret
+    ]
+  )
+  assert kept == [
+    "main",
+    "--config=configs/a.py",
+    "--config.sampling.max_tokens=64",
+    "--config.judge.key_variable=SOME_API_KEY",
+    "--config.judge.api_key=***",
+    "--config.hub.token",
+    "***",
+    "--config.name=***",
+    "--config.judge.url=https://***@host/v1",
+    "--config.note=***",
+  ]
+
+
+def test_a_decoder_is_told_no_secret(monkeypatch):
+  """Who takes one over by a file of his finds no key in it."""
+  monkeypatch.setenv("PLANTED_KEY", "planted")
+  monkeypatch.setenv("PYTHON_KEYRING_TOKEN", "planted")
+  monkeypatch.setenv("DATABASE_URL", "planted")
+  monkeypatch.setenv("LC_TIME", "C")
+  settings = dict(timeout_s=20.0, max_memory_mib=1024, accept_damaged=False)
+  worker = decoding._Worker(settings | {"limits": {}})
+  try:
+    path = pathlib.Path(f"/proc/{worker._process.pid}/environ")
+    if not path.exists():
+      pytest.skip("no /proc on this system")
+    said = path.read_bytes()
+  finally:
+    worker.kill()
+  assert b"planted" not in said and b"LC_TIME=C" in said
+
+
+AUDIT = """
+say() { echo "$*"; }
+die() { echo "die: $*"; exit 1; }
+timeout() { shift; "$@"; }
+LOCK=lock TOOLS="$1"
+set -euo pipefail
+"""
+
+
+@pytest.mark.parametrize(
+  ("says", "code", "passes", "told"),
+  [
+    ("No known vulnerabilities found", 0, True, ""),
+    ("Found 1 known vulnerability in 1 package", 1, False, "known holes"),
+    ("ConnectionError: Max retries exceeded", 1, True, "cannot be reached"),
+    ("slow", 124, True, "cannot be reached"),
+    (
+      "ERROR: lock: invalid requirement on line 3",
+      1,
+      False,
+      "pip-audit failed",
+    ),
+    ("Traceback: KeyError: 'vulns'", 1, False, "pip-audit failed"),
+  ],
+)
+def test_an_audit_that_fails_is_not_called_offline(
+  says, code, passes, told, tmp_path
+):
+  text = (ROOT / "launch" / "audit.sh").read_text()
+  parts = [
+    re.search(pattern, text, re.MULTILINE | re.DOTALL)[0]
+    for pattern in (r"^OFFLINE='[^']*'", r"^audit_dependencies\(\) \{.*?^\}")
+  ]
+  tool = tmp_path / "bin" / "pip-audit"
+  tool.parent.mkdir()
+  tool.write_text(f'#!/bin/sh\necho "{says}"\nexit {code}\n')
+  tool.chmod(0o755)
+  script = "\n".join([AUDIT, *parts, "audit_dependencies"])
+  ran = subprocess.run(
+    ["bash", "-c", script, "audit", tmp_path], capture_output=True, text=True
+  )
+  assert (ran.returncode == 0) == passes, ran
+  assert told in ran.stdout

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,24 @@ from cf_jax.data.footage import Footage
 
 _START_S = 120.0  # for importing OpenCV, on a busy machine or a slow disk
 _ROOT = pathlib.Path(__file__).parents[2]
+
+
+# What Python, OpenCV and FFmpeg read of their surroundings. The rest stays
+# here: who takes over a decoder by a file finds no key of anything in it.
+_PASSED = re.compile(
+  r"PATH|HOME|TMPDIR|TZ|LANG|LANGUAGE|VIRTUAL_ENV|SYSTEMROOT"
+  r"|PYTHON\w+|(?:LC|LD|OPENCV|OMP|OPENBLAS|MKL|MALLOC|COVERAGE)_\w+"
+)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
+
+
+def _environment() -> dict[str, str]:
+  """The variables that a process for files of strangers gets."""
+  return {
+    name: value
+    for name, value in os.environ.items()
+    if _PASSED.fullmatch(name) and not _SECRET.search(name)
+  }
 
 
 class DecoderDied(Exception):
@@ -62,7 +81,7 @@ class _Worker:
         stdout=self._log,  # where FFmpeg's complaints go
         stderr=self._log,
         pass_fds=[theirs.fileno()],
-        env=os.environ
+        env=_environment()
         | {
           "PYTHONPATH": os.pathsep.join(filter(None, paths)),
           "OPENCV_FFMPEG_LOGLEVEL": "16",  # errors; it listens for them

@@ -117,6 +117,7 @@ _FIELDS = (
   "rubric",
   "flaws",
 )
+_MOST_SALIENT = 2**31  # no number of a clip, and no score, is as large
 _PATHS = ("video", "image", "subtitles")
 # What a decoder would take for an address: "http:", "concat:".
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -243,6 +244,7 @@ def _read_line(
       f"{where}: got a {type(row).__name__}, expected a JSON object with"
       " video, question, options and answer"
     )
+  check_text(row, where)
   unknown = sorted(set(row) - set(_FIELDS))
   if unknown:
     raise ValueError(
@@ -397,6 +399,21 @@ def _seconds(row: dict[str, Any], name: str, fail) -> float | None:
   return float(value)
 
 
+def check_text(row: Any, where: str) -> None:
+  """Raises a ValueError for half a character, which no file and no prompt can.
+
+  JSON can spell a surrogate that has no other half, and Python takes it.
+  """
+  try:
+    json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
+  except UnicodeEncodeError as error:
+    part = error.object[max(error.start - 20, 0) : error.end]
+    raise ValueError(
+      f"{where}: {part!r} ends in half a character (a surrogate without its"
+      " other half); write the whole one, or leave it out"
+    ) from error
+
+
 def is_finite(value: int | float) -> bool:
   """Is it a number that a float can hold?"""
   try:
@@ -486,9 +503,15 @@ def _saliency(row: dict[str, Any], fail):
       not isinstance(pair, list)
       or len(pair) != 2
       or not isinstance(pair[1], list)
-      or not all(type(n) is int and n >= 0 for n in (pair[0], *pair[1]))
+      or not all(
+        type(n) is int and 0 <= n < _MOST_SALIENT for n in (pair[0], *pair[1])
+      )
     ):
-      fail("saliency", f"got {pair!r}, expected [clip, [score, ...]]")
+      fail(
+        "saliency",
+        f"got {str(pair):.80}, expected [clip, [score, ...]], whole numbers"
+        f" below {_MOST_SALIENT}",
+      )
     made.append((pair[0], tuple(pair[1])))
   return tuple(made)
 

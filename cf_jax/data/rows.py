@@ -56,6 +56,7 @@ class Row:
       raise ValueError(
         f"{self.where}: got {_short(self.data)}, expected an object with fields"
       )
+    records.check_text(self.data, self.where)
 
   def within(self, name: str) -> "Row":
     """The object that a field holds, as a row whose errors name the field."""

@@ -36,7 +36,7 @@ from cf_jax.data import drawing, frame_size, images, patches, prompts, video
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.programs import policies
-from cf_jax.runtime import sharding, telemetry
+from cf_jax.runtime import lifecycle, sharding, telemetry
 from cf_jax.types import Prompt
 
 ANSWER_FILE = "answer.json"
@@ -524,9 +524,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     What answer.json holds.
 
   Raises:
-    ValueError: a setting, the checkpoint or the video is not as it should be.
+    ValueError: a setting, the checkpoint or the video is not as it should be,
+      or another process uses the workdir.
   """
   check_settings(config)
+  if jax.process_index():
+    return _run(config, workdir)
+  with lifecycle.locked(workdir):
+    return _run(config, workdir)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+  """What `run` does while nobody else writes there."""
   console = rich.console.Console(stderr=True, quiet=jax.process_index() > 0)
   timer = telemetry.PhaseTimer()
 

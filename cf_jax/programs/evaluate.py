@@ -55,7 +55,7 @@ from cf_jax.programs import (
   questions,
   score,
 )
-from cf_jax.runtime import optim, sharding, telemetry
+from cf_jax.runtime import lifecycle, optim, sharding, telemetry
 
 PREDICTIONS_FILE = "predictions.jsonl"
 TABLE_FILE = "table.md"
@@ -161,7 +161,8 @@ def run(
 
   Raises:
     ValueError: a setting, the policy or the annotations are not as they should
-      be, or too many videos cannot be read.
+      be, too many videos cannot be read, or another process answers the same
+      share.
   """
   eval_settings.check_settings(config)
   begin = time.monotonic()
@@ -248,38 +249,44 @@ def run(
     if "unreadable" in answered.get(samples[n].id, {"unreadable": ""})
   ]
   part = folder / _PARTS / f"{index}.jsonl"
-  if left:
-    kept = [row for row in telemetry.read_rows(part) if "unreadable" not in row]
-    disk.write_text(part, "".join(map(_line, kept)))  # no half a line
-  telemetry.startup_table(
-    f"{config.benchmark}: {len(samples)} questions about {len(videos)} videos",
-    {
-      "policy": manifest["where"]["policy"],
-      "weights": weights,
-      "devices": f"{len(mesh.devices.flat)} x"
-      f" {jax.local_devices()[0].device_kind}, mesh {dict(mesh.shape)}",
-      "frames": eval_settings.key_of(config, eval_settings.digest_of(settings)),
-      "done before": f"{len(numbers) - len(left)} of {len(numbers)}"
-      + (f" (process {index} of {count})" if count > 1 else ""),
-      "kept in": str(folder),
-    },
-  )
-  _answer(
-    config,
-    samples,
-    left,
-    planner=planner,
-    wording=wording,
-    chooser=chooser,
-    answerer=answerer,
-    model=model,
-    tokenizer=tokenizer,
-    part=part,
-    batch_size=batch_size,
-    num_before=len(numbers) - len(left),
-    max_unreadable=int(config.data.max_skip_fraction * len(mine)),
-    show=index == 0,
-  )
+  with lifecycle.locked(folder, f"run_{index}.lock"):
+    if left:
+      kept = [
+        row for row in telemetry.read_rows(part) if "unreadable" not in row
+      ]
+      disk.write_text(part, "".join(map(_line, kept)))  # no half a line
+    telemetry.startup_table(
+      f"{config.benchmark}: {len(samples)} questions about {len(videos)}"
+      " videos",
+      {
+        "policy": manifest["where"]["policy"],
+        "weights": weights,
+        "devices": f"{len(mesh.devices.flat)} x"
+        f" {jax.local_devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+        "frames": eval_settings.key_of(
+          config, eval_settings.digest_of(settings)
+        ),
+        "done before": f"{len(numbers) - len(left)} of {len(numbers)}"
+        + (f" (process {index} of {count})" if count > 1 else ""),
+        "kept in": str(folder),
+      },
+    )
+    _answer(
+      config,
+      samples,
+      left,
+      planner=planner,
+      wording=wording,
+      chooser=chooser,
+      answerer=answerer,
+      model=model,
+      tokenizer=tokenizer,
+      part=part,
+      batch_size=batch_size,
+      num_before=len(numbers) - len(left),
+      max_unreadable=int(config.data.max_skip_fraction * len(mine)),
+      show=index == 0,
+    )
   if config.distributed and count > 1:
     multihost_utils.sync_global_devices("every share is answered")
     if index:

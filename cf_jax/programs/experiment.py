@@ -734,9 +734,11 @@ class SampleSteps(NamedTuple):
   Attributes:
     unstack: params, rows=B * G -> params for `decode`. Its layers lie apart, a
       copy: a loop over tokens that takes them out of the stack copies all of
-      them for every token. Once for each policy, not for each batch.
+      them for every token. Once for each policy, not for each batch. It lies,
+      as the caches do, as `sharding.decoding_mesh` says.
     prefill: params, View, encoded frames, seeds -> Decoding with one token.
-    decode: params of `unstack`, Decoding (donated) -> Decoding at its end.
+    decode: params of `unstack`, Decoding (donated) -> Decoding at its end; its
+      completions lie where the batch's rows do.
   """
 
   unstack: Callable
@@ -762,10 +764,13 @@ def make_sample_steps(
   model, eos_id = experiment.model, experiment.tokenizer.eos_id
   banned = jnp.asarray(experiment.banned)
 
+  mesh = sharding.decoding_mesh(experiment.mesh, model.num_key_value_heads)
+  decoder = model
+  if model.mesh is not None:
+    decoder = dataclasses.replace(model, mesh=mesh)
+
   def laid(decoding):
-    return sharding.constrain(
-      decoding, experiment.mesh, sharding.DECODING_RULES
-    )
+    return sharding.constrain(decoding, mesh, sharding.DECODING_RULES)
 
   @jax.jit
   def prefill_step(params, view: View, encoded, seed, settings):
@@ -785,20 +790,26 @@ def make_sample_steps(
 
   @functools.partial(jax.jit, donate_argnums=1)
   def decode_step(params, decoding: sampling.Decoding, settings):
-    ended = sampling.advance(
-      model, params, decoding, max_tokens, banned, eos_id=eos_id, **settings
+    ended = laid(
+      sampling.advance(
+        decoder, params, decoding, max_tokens, banned, eos_id=eos_id, **settings
+      )
     )
-    return laid(ended)
+    told = {
+      name: getattr(ended, name)
+      for name in ("token", "logprob", "mask", "done")
+    }
+    told = sharding.constrain(told, experiment.mesh, sharding.DECODING_RULES)
+    return ended.replace(**told)
+
+  @functools.partial(jax.jit, static_argnames="rows")
+  def unstack_step(params, *, rows):
+    platform = mesh.devices.flat[0].platform
+    apart = vlm.unstacked(model, params, rows=rows, platform=platform)
+    return sharding.constrain(apart, mesh, sharding.COPY_RULES)
 
   return SampleSteps(
-    unstack=jax.jit(
-      functools.partial(
-        vlm.unstacked,
-        model,
-        platform=experiment.mesh.devices.flat[0].platform,
-      ),
-      static_argnames="rows",
-    ),
+    unstack=unstack_step,
     prefill=functools.partial(prefill_step, settings=settings),
     decode=functools.partial(decode_step, settings=settings),
   )

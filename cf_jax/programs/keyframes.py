@@ -582,16 +582,29 @@ def run(
     What each keyframes.json holds, in order of the names.
 
   Raises:
-    ValueError: a setting or the checkpoint is not as it should be, or there
-      are videos that failed: after all others are done.
+    ValueError: a setting or the checkpoint is not as it should be, another
+      process uses the workdir, or there are videos that failed: after all
+      others are done.
   """
   check_settings(config)
-  console = rich.console.Console(stderr=True)
   sources = find_videos(config.video, workdir)
   if any((workdir / source.name).is_file() for source in sources):
     raise ValueError(
       f"{workdir} is the folder of the videos; give another --workdir"
     )
+  from cf_jax.runtime import lifecycle  # see _prepare
+
+  with lifecycle.locked(workdir):
+    return _run(config, workdir, sources)
+
+
+def _run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  sources: list[Source],
+) -> list[dict[str, Any]]:
+  """What `run` does while nobody else writes there."""
+  console = rich.console.Console(stderr=True)
   root = str(pathlib.Path(config.video).expanduser().absolute())
   embedder = make_embedder(config)
   settings = telemetry.to_jsonable(

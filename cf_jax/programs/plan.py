@@ -5,6 +5,11 @@ uses, from shapes and shardings alone, and compiled ahead of time. The compiler
 says what memory a program takes; `runtime/hlo.py` counts what it does, and
 `runtime/chips.py` how long that takes at least.
 
+All of that is known when a program is optimized and its memory is laid out.
+What follows, making machine code, is nine tenths of a TPU compiler's work. It
+cannot be asked to stop there, so each program is compiled by a process of its
+own, which ends when the compiler has written down what is wanted.
+
 Axes: `B` videos, `G` completions per video, `K` keyframe slots, `N` encoded
 slices, `P` visual tokens per slice, `S` prompt slots, `C` completion slots.
 """
@@ -14,11 +19,15 @@ import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
 import runpy
+import shutil
 import sys
+import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -42,6 +51,10 @@ RESULT_FILE = "plan.json"
 _GIB = 2.0**30
 _BLOCK = 512  # of `kernels.splash`, at these lengths
 _INT, _FLOAT = np.dtype("int32"), np.dtype("float32")
+_MORE = 3  # exit code of a process that has compiled one program
+# What the compiler writes last before it makes machine code.
+_LAID_OUT = "*.after_optimizations_after_buffer_assignment.txt"
+_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 
 
 # ------------------------------------------------------------------ the target
@@ -162,6 +175,7 @@ class Program(NamedTuple):
       nobody counts them.
     a_step: how often one update of the run calls it.
     seen: share of the scores that a fused attention looks at.
+    passes_on: are its results given to later programs?
   """
 
   name: str
@@ -173,6 +187,7 @@ class Program(NamedTuple):
   model_flops: float
   a_step: int
   seen: float
+  passes_on: bool
 
 
 class Shapes:
@@ -255,42 +270,38 @@ def _placed(made: Any, compiled: jax.stages.Compiled) -> Any:
   )
 
 
-def _guessed(made: Any, mesh: jax.sharding.Mesh) -> Any:
+def _guessed(made: Any, experiment: experiment_lib.Experiment) -> Any:
   """The results of a program that was not compiled.
 
-  Layers that lie apart are taken to be where they were in their stack, and
-  everything else is split over the batch.
+  Decoding is laid out as the run says it; everything else of a batch is split
+  over its rows.
   """
-  if isinstance(made, sampling.Decoding):
-    places = sharding.tree_shardings(made, mesh, sharding.DECODING_RULES)
+  mesh = experiment.mesh
+  decoding = sharding.decoding_mesh(mesh, experiment.model.num_key_value_heads)
+
+  def placed(tree, mesh, rules):
     return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=place
       ),
-      made,
-      places,
+      tree,
+      sharding.tree_shardings(tree, mesh, rules),
     )
-  batch = sharding.batch_sharding(mesh)
+
+  if isinstance(made, sampling.Decoding):
+    return placed(made, decoding, sharding.DECODING_RULES)
+  if isinstance(made, dict) and "decoder" in made:
+    return placed(made, decoding, sharding.COPY_RULES)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def place(key_path, leaf):
-    path = sharding.path_of(key_path)
-    chosen = batch
-    if path.startswith("decoder/"):
-      in_stack = re.sub(r"/layers/\d+/", "/layers/", path)
-      whole = jax.ShapeDtypeStruct(
-        (1,) * (in_stack != path) + leaf.shape, leaf.dtype
-      )
-      tree = {in_stack: whole}
-      chosen = sharding.tree_shardings(tree, mesh, sharding.PARTITION_RULES)
-      spec = tuple(chosen[in_stack].spec)
-      spec = spec[1:] if in_stack != path else spec
-      chosen = jax.sharding.NamedSharding(mesh, sharding.P(*spec))
-    elif not leaf.shape or leaf.shape[0] % parts:
-      chosen = sharding.replicated(mesh)
+  def place(leaf):
+    whole = not leaf.shape or leaf.shape[0] % parts
+    chosen = sharding.replicated(mesh)
+    if not whole:
+      chosen = sharding.batch_sharding(mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chosen)
 
-  return jax.tree_util.tree_map_with_path(place, made)
+  return jax.tree.map(place, made)
 
 
 def programs(
@@ -343,7 +354,9 @@ def programs(
   def program(
     name, step, *args, beside=None, rounds=1, model_flops=0.0, **more
   ):
-    static = {key: value for key, value in more.items() if key != "a_step"}
+    a_step = more.pop("a_step", 1)
+    passes_on = more.pop("passes_on", False)
+    static = more
     if hasattr(step, "func"):  # of `SampleSteps`
       static |= step.keywords
       step = step.func
@@ -355,8 +368,9 @@ def programs(
       always if beside is None else always | beside,
       rounds,
       model_flops,
-      more.get("a_step", 1),
+      a_step,
       seen_by.get(name.rpartition(": ")[2], packed),
+      passes_on,
     )
 
   packed = share_of_blocks(config.prompt.max_tokens, group, length - 1)
@@ -370,7 +384,12 @@ def programs(
   pixel = shapes.pixel(rows, shapes.slices + shapes.blank)
   encode = experiment_lib.make_encode_step(experiment)
   encoded = yield program(
-    "vision", encode, params, pixel, model_flops=made["vision"]
+    "vision",
+    encode,
+    params,
+    pixel,
+    model_flops=made["vision"],
+    passes_on=True,
   )
   sample = experiment_lib.make_sample_steps(experiment, **config.sampling)
   seed = shapes.seed(rows)
@@ -382,15 +401,17 @@ def programs(
     encoded,
     seed,
     model_flops=made["prefill"],
+    passes_on=True,
   )
   apart = yield program(
     "unstack",
     sample.unstack,
     params,
     beside={"encoded": encoded, "rollout": decoding},
+    passes_on=True,
     rows=rows * group,
   )
-  decoding = yield program(
+  yield program(
     "decode",
     sample.decode,
     apart,
@@ -399,7 +420,13 @@ def programs(
     rounds=length - 1,
     model_flops=made["decode"],
   )
-  rollout: Rollout = decoding.rollout
+  scores = shapes.array(rows, group, length, dtype=_FLOAT)
+  rollout = Rollout(
+    token=shapes.array(rows, group, length),
+    mask=shapes.array(rows, group, length, dtype=bool),
+    logprob=scores,
+    finished=shapes.array(rows, group, dtype=bool),
+  )
   if shapes.arms.sampled:
     other = experiment_lib.make_sample_steps(
       experiment,
@@ -415,6 +442,7 @@ def programs(
       seed,
       beside={"to decode with": apart},
       a_step=len(shapes.arms.sampled),
+      passes_on=True,
     )
     yield program(
       "decode, other arms",
@@ -470,7 +498,6 @@ def programs(
     )
 
   # -- update
-  scores = shapes.array(rows, group, length, dtype=_FLOAT)
   other_view = None
   if config.contrastive.weight:
     other_view = OtherView(
@@ -482,12 +509,7 @@ def programs(
   by_token = config.rl.advantage == "reinforce"
   experience = Experience(
     view=view,
-    rollout=Rollout(
-      token=shapes.array(rows, group, length),
-      mask=shapes.array(rows, group, length, dtype=bool),
-      logprob=scores,
-      finished=shapes.array(rows, group, dtype=bool),
-    ),
+    rollout=rollout,
     advantage=scores if by_token else shapes.array(rows, group, dtype=_FLOAT),
     ref_logprob=scores if reinforce.uses_reference(config) else None,
     group_mask=shapes.array(rows, dtype=bool),
@@ -516,7 +538,9 @@ def programs(
   )
   many = "uniform" in config.evaluation.arms
   pixel = shapes.pixel(rows, slots * (1 + many))
-  encoded = yield program("evaluate: vision", encode, params, pixel, a_step=0)
+  encoded = yield program(
+    "evaluate: vision", encode, params, pixel, a_step=0, passes_on=True
+  )
   begun = yield program(
     "evaluate: prefill",
     greedy.prefill,
@@ -526,6 +550,7 @@ def programs(
     shapes.seed(rows),
     beside={"to decode with": apart},
     a_step=0,
+    passes_on=True,
   )
   yield program(
     "evaluate: decode",
@@ -642,8 +667,55 @@ def share_of_blocks(prompt: int, group: int, length: int) -> float:
   return looked_at / len(edges) ** 2
 
 
-def _measure(program, where, mesh, largest):
-  """Compiles one program; (its row of the results, results' shapes)."""
+def _laid_out(
+  lowered: jax.stages.Lowered, folder: pathlib.Path
+) -> tuple[str, dict[str, int]]:
+  """The optimized program, and bytes on each device, but for its code.
+
+  The compiler goes on in the background: the process has to be ended.
+
+  Args:
+    lowered: for a TPU.
+    folder: empty, for the compiler to write to.
+  """
+  failed = []
+
+  def compile_it():
+    try:
+      lowered.compile(
+        compiler_options={
+          "xla_dump_to": str(folder),
+          "xla_dump_hlo_as_text": True,
+        }
+      )
+    except jax.errors.JaxRuntimeError as error:
+      failed.append(error)
+
+  working = threading.Thread(target=compile_it, daemon=True)
+  working.start()
+  size = -1
+  while True:
+    working.join(1.0)
+    if failed:
+      raise failed[0]
+    there = list(folder.glob(_LAID_OUT))
+    before, size = size, there[0].stat().st_size if there else -1
+    if 0 < size == before:
+      break
+    if not working.is_alive() and not there:
+      raise RuntimeError(
+        f"the compiler left no {_LAID_OUT} in {folder};"
+        " set config.machine_code=True"
+      )
+  (buffers,) = folder.glob(_BUFFERS)
+  return there[0].read_text("utf-8"), hlo.assigned(buffers.read_text("utf-8"))
+
+
+def _measure(program, where, experiment, largest, folder):
+  """Compiles one program; (its row of the results, results' shapes).
+
+  With a folder up to its machine code, see `_laid_out`.
+  """
   begin = time.monotonic()
   traced = program.step.trace(*program.args, **program.static)
   platform = where.devices[0].platform
@@ -660,8 +732,13 @@ def _measure(program, where, mesh, largest):
     "lower_s": round(lower_s, 1),
   }
   begin = time.monotonic()
+  compiled = None
   try:
-    compiled = lowered.compile()
+    if folder is None:
+      compiled = lowered.compile()
+      text, memory = compiled.as_text(), memory_of(compiled)
+    else:
+      text, memory = _laid_out(lowered, folder)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -673,9 +750,7 @@ def _measure(program, where, mesh, largest):
       "refused": str(error)[:4000],
       "compile_s": round(time.monotonic() - begin, 1),
     }
-    return row, _guessed(traced.out_info, mesh)
-  memory = memory_of(compiled)
-  text = compiled.as_text()
+    return row, _guessed(traced.out_info, experiment)
   peaks = {}
   if where.chip:
     peaks = dict(
@@ -719,6 +794,8 @@ def _measure(program, where, mesh, largest):
     peak_flops = len(where.devices) * where.chip.flops_per_s
     if program.model_flops and spent.bound_s:
       row["mfu_bound"] = program.model_flops / peak_flops / spent.bound_s
+  if compiled is None:
+    return row, _guessed(traced.out_info, experiment)
   return row, _placed(traced.out_info, compiled)
 
 
@@ -746,7 +823,8 @@ def helpful(
     rows = config.rl.prompts_per_step
     if row["program"] == "update" and config.model.remat != "full":
       said.append("model.remat=full")
-    if row["program"] == "update":
+    each = rows // parts  # prompts of a device
+    if row["program"] == "update" and each > config.rl.micro_batches:
       said.append(
         f"rl.micro_batches above {config.rl.micro_batches}, as long as"
         f" rl.prompts_per_step divides by it times {parts}"
@@ -755,8 +833,9 @@ def helpful(
       "mesh.context or mesh.tensor larger, with as many fewer of mesh.fsdp:"
       " one prompt's activations are divided by them"
     )
+    if each > 1:
+      said.append(f"rl.prompts_per_step below {rows}")
     said += [
-      f"rl.prompts_per_step below {rows}",
       f"sampling.num_completions below {config.sampling.num_completions} or"
       f" sampling.max_tokens below {config.sampling.max_tokens}",
       f"prompt.max_tokens below {config.prompt.max_tokens}, with"
@@ -773,6 +852,7 @@ def _fingerprint(config, target) -> dict:
       "size": config.size,
       "topology": config.topology,
       "num_slices": config.num_slices,
+      "machine_code": config.machine_code,
       "jax": jax.__version__,
     }
   )
@@ -813,6 +893,8 @@ def plan(
 ) -> dict[str, Any]:
   """Compiles what is asked for; writes `plan.json` as it goes on.
 
+  For TPUs, and unless `config.machine_code`, in processes of their own.
+
   Args:
     config: of configs/plan.py.
     workdir: where the results are kept.
@@ -823,6 +905,43 @@ def plan(
   Raises:
     ValueError: settings that do not go together, or no compiler.
   """
+  if config.machine_code or config.topology.startswith("cpu:"):
+    return _plan(config, workdir, to_the_end=True)
+  check_compiler(config.topology)
+  target = read_target(config.target, config.changes)
+  where = chips.open_slice(config.topology, config.num_slices)
+  Shapes(describe(target, config.size, where, workdir))  # or a ValueError
+  code = _MORE
+  while code == _MORE:
+    working = multiprocessing.get_context("spawn").Process(
+      target=_compile_one, args=(config.to_dict(), workdir)
+    )
+    working.start()
+    working.join()
+    code = working.exitcode
+  if code:
+    raise RuntimeError(f"a process that compiles ended with exit code {code}")
+  result = json.loads((workdir / RESULT_FILE).read_text("utf-8"))
+  unknown = set(config.programs.split()) - {
+    row["program"] for row in result["programs"]
+  }
+  if unknown:
+    raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
+  return result
+
+
+def _compile_one(settings, workdir):
+  """Compiles the first program that is wanted and not there, and ends."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  _plan(ml_collections.ConfigDict(settings), workdir, to_the_end=False)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(0)  # whatever the compiler still does
+
+
+def _plan(config, workdir, *, to_the_end):
+  """`plan` in this process; else one program, after which the process ends."""
   check_compiler(config.topology)
   target = read_target(config.target, config.changes)
   where = chips.open_slice(config.topology, config.num_slices)
@@ -870,15 +989,18 @@ def plan(
   program = next(stream)
   while program is not None:
     asked = not wanted or program.name in wanted
+    made = None
     if asked and program.name in known:
-      logging.info("%s: as compiled before", program.name)
+      if to_the_end:
+        logging.info("%s: as compiled before", program.name)
       result["programs"].append(known[program.name])
       result["totals"] = totals(result, where)
-      traced = program.step.trace(*program.args, **program.static)
-      made = _guessed(traced.out_info, experiment.mesh)
     elif asked:
       logging.info("%s: compiling for %s", program.name, where.name)
-      row, made = _measure(program, where, experiment.mesh, config.largest)
+      folder = None
+      if not to_the_end:
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="plan_"))
+      row, made = _measure(program, where, experiment, config.largest, folder)
       if not row["fits"]:
         row["would_help"] = helpful(row, target, parts)
       result["programs"].append(row)
@@ -890,9 +1012,14 @@ def plan(
         row["peak_bytes"] / _GIB,
         row["compile_s"],
       )
-    else:
+      if not to_the_end:
+        shutil.rmtree(folder, ignore_errors=True)
+        _keep(result, known, where, workdir)
+        sys.stderr.flush()
+        os._exit(_MORE)
+    if made is None and program.passes_on:
       traced = program.step.trace(*program.args, **program.static)
-      made = _guessed(traced.out_info, experiment.mesh)
+      made = _guessed(traced.out_info, experiment)
     done = {row["program"] for row in result["programs"]}
     if wanted and done.issuperset(wanted):
       break
@@ -900,15 +1027,19 @@ def plan(
       program = stream.send(made)
     except StopIteration:
       program = None
-  # Those of an earlier call that were not asked for now stay.
+  _keep(result, known, where, workdir)
+  unknown = set(wanted) - {row["program"] for row in result["programs"]}
+  if unknown and to_the_end:
+    raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
+  return result
+
+
+def _keep(result, known, where, workdir):
+  """Writes the results; programs of an earlier call stay."""
   done = {row["program"] for row in result["programs"]}
   result["programs"] += [row for n, row in known.items() if n not in done]
   result["totals"] = totals(result, where)
   telemetry.write_json(workdir / RESULT_FILE, result)
-  unknown = set(wanted) - {row["program"] for row in result["programs"]}
-  if unknown:
-    raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
-  return result
 
 
 def totals(result: dict[str, Any], where: chips.Slice) -> dict[str, Any]:

@@ -164,6 +164,7 @@ class Collector:
   Attributes:
     arms: the views a batch has.
     moments: the running ones, for the next checkpoint.
+    at_times: names of the metrics that not every batch has.
   """
 
   def __init__(
@@ -185,6 +186,8 @@ class Collector:
     train = experiment.samples["train"]
     self._kinds = sorted({sample.kind for sample in train})
     self._tasks = sorted({sample.task for sample in train})
+    self.at_times = [f"accuracy/{task}" for task in self._tasks]
+    self.at_times += [f"arm/{arm}" for arm in self.arms.watched]
     if moments is None:
       moments = ([0.0] * len(self._kinds), [0.0] * len(self._kinds))
     self.moments = tuple(np.asarray(x, np.float32) for x in moments)
@@ -641,6 +644,7 @@ def train_policy(
         stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
+        store.check_metric([*metrics, *collect.at_times, "dev_accuracy"])
       if dev and config.eval_every and step % config.eval_every == 0:
         with timer.outside(), compiles.warm_up("evaluate"):
           judged = dev.run(params)["keyframes"]
@@ -789,6 +793,7 @@ def train_scorer(
         stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
+        store.check_metric([*metrics, *collect.at_times])
       if step % config.log_every == 0 or step == config.steps:
         writer.write(
           step,

@@ -189,7 +189,8 @@ class Scorer:
 
   Attributes:
     state: TrainState, on all devices whole. It is small; set it to go on from
-      a checkpoint.
+      a checkpoint. Of several processes each draws for its own rows of a
+      batch, and all make the same update of all rows.
   """
 
   def __init__(self, experiment: experiment_lib.Experiment, params: dict):
@@ -223,6 +224,7 @@ class Scorer:
       )
 
     whole = sharding.replicated(experiment.mesh)
+    by_row = sharding.batch_sharding(experiment.mesh)
     self.state = jax.jit(fresh, out_shardings=whole)(rng)
 
     settings = dict(config.tad)
@@ -246,14 +248,15 @@ class Scorer:
       count = jnp.maximum(jnp.sum(mask, axis=1), 1)
       return jnp.einsum("bsu,bs->bu", each, mask) / count[:, None]
 
-    @jax.jit
+    # Each process reads its own rows of what these two give.
+    @functools.partial(jax.jit, out_shardings=by_row)
     def uniform_step(mask):
       uniform = functools.partial(
         tad.uniform_index, num_keyframes=num_keyframes
       )
       return jax.vmap(uniform)(mask)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=by_row)
     def draw_step(params, embedding, mask, question, number, rng, temperature):
       """Keyframes[B, n] of the keys int32[B, n], folded into `rng`, and TAD's
       priority float32[B, T]."""
@@ -276,7 +279,7 @@ class Scorer:
       with jax.named_scope("select"):
         return jax.vmap(one)(embedding, mask, question, number)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def update_step(state, drawn, reward):
       advantage = grpo.group_advantages(reward, **advantage_settings)
       loss = functools.partial(selection_loss, network=network, **how_drawn)
@@ -316,8 +319,8 @@ class Scorer:
       jax.random.fold_in(self._rng, number),
       self._temperature,
     )
-    keyframes = jax.device_get(found)
-    uniform = jax.device_get(self._uniform(inputs[1]))
+    keyframes = sharding.local(found)
+    uniform = sharding.local(self._uniform(inputs[1]))
     repeated = pipeline.Batch(
       sample_index=number_of.reshape(-1),
       samples=[sample for sample in batch.samples for _ in range(count)],
@@ -350,8 +353,8 @@ class Scorer:
       jax.random.key(0),
       _COLD,
     )
-    keyframes = jax.device_get(found)
-    uniform = jax.device_get(self._uniform(inputs[1]))
+    keyframes = sharding.local(found)
+    uniform = sharding.local(self._uniform(inputs[1]))
     return jax.tree.map(lambda x: x[:, 0], keyframes), uniform
 
   def earned(self, rows: Rows, main: np.ndarray | None) -> np.ndarray:
@@ -393,9 +396,10 @@ class Scorer:
         f"selector: non-finite gradient at update {int(self.state.step)}; lower"
         " config.selector.optim.learning_rate"
       )
-    hits, count = _hits(rows)
-    if count.any():
-      metrics["selector/hit_rate"] = float(hits.sum() / count.sum())
+    own = [[int(part.sum()) for part in _hits(rows)]]
+    hits, count = np.sum(self._experiment.gather(own), axis=0)
+    if count:
+      metrics["selector/hit_rate"] = float(hits / count)
     return metrics
 
   def joint(self, state: TrainState) -> JointState:

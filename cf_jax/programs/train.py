@@ -83,10 +83,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         _write_report(config, workdir)
       else:
         _run(config, workdir, guard)
-    except lifecycle.Stopped:
+    except lifecycle.Stopped as stopped:
       if (workdir / telemetry.METRICS_FILE).exists():
         _write_report(config, workdir)
-      raise
+      if not is_complete(workdir):
+        raise
+      # It came during the report, after which nothing is left to go on with.
+      logging.info("%s; the run is complete all the same", stopped)
 
 
 def _write_report(

@@ -8,11 +8,12 @@ writer leaves nothing that a restore would take for a checkpoint.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,6 +132,26 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """The best checkpoint's step; None where none was measured."""
     return self._manager.best_step() if self._best else None
+
+  def check_metric(self, measured: Iterable[str]) -> None:
+    """Is the metric that tells the best ever measured in this stage?
+
+    Args:
+      measured: names of all that is.
+
+    Raises:
+      ValueError: it is not, so that none would be kept as the best.
+    """
+    measured = sorted(measured)
+    if self._best is None or self._best in measured:
+      return
+    near = difflib.get_close_matches(self._best, measured, n=1, cutoff=0.5)
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+      f"config.checkpoint.best_metric={self._best!r} is not measured here"
+      f"{advice or '.'} Name one of {', '.join(measured)}, or set"
+      " config.checkpoint.keep_best=0"
+    )
 
   def save(
     self,

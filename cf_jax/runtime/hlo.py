@@ -10,9 +10,10 @@ memory, and what goes over the network, a loop's as often as it runs. XLA's own
 - A fusion reads an operand once for every different slice of it, since each
   slice is fetched for itself, as the compiler's own dumps show; an operand
   that is used whole is read once. A slice that is updated in place is written
-  alone.
+  alone. So it is with what is started in the background.
 - A loop counts as often as the compiler knows, or its condition says: index <
-  constant. Loops whose end depends on the data run as often as the caller says.
+  constant, from 0 on in the steps that its body adds. Loops whose end depends
+  on the data run as often as the caller says.
 - Of a conditional the costlier branch counts.
 """
 
@@ -377,7 +378,7 @@ def count(
         rounds = (
           int(known.group(1))
           if known
-          else _rounds(program[called["condition"]])
+          else _rounds(program[called["condition"]], program[called["body"]])
         )
         total = total.plus(
           visit(called["body"]), open_rounds if rounds is None else rounds
@@ -400,7 +401,7 @@ def count(
       read = written = 0
       for number, operand in enumerate(i.operands):
         whole = _bytes(types.get(operand, ""))
-        if whole and i.opcode == "fusion":
+        if whole and i.opcode in ("fusion", "async-start"):
           whole = _fetched(program[called["calls"]], number, whole)
         elif i.opcode in _SLICES and number == 0:
           whole = min(whole, _all_bytes(i.type))
@@ -415,9 +416,8 @@ def count(
       elif background:
         # (what is read, what is made, ...), or the two the other way round.
         parts = _shapes(i.type)
-        made = parts[0] if i.opcode == "copy-start" else parts[-1]
-        if len(parts) > 1:
-          made = parts[0] if i.opcode == "copy-start" else parts[1]
+        after = 0 if i.opcode == "copy-start" else len(i.operands)
+        made = parts[min(after, len(parts) - 1)]
         written = made[0] * made[2]
       else:
         written = _bytes(i.type)
@@ -431,6 +431,30 @@ def count(
     return total
 
   return visit("ENTRY")
+
+
+def assigned(text: str) -> dict[str, int]:
+  """Bytes of main memory on each device, from a buffer assignment as text.
+
+  What the compiler's own `memory_analysis` says when it is done, but for the
+  program's code.
+
+  Args:
+    text: "allocation 2: size 512, parameter 0, shape |bf16[6]| at ShapeIndex
+      {}:" and the values in it; other memories than the main one have a colour.
+  """
+  found = dict(arguments=0, results=0, temporary=0, code=0)
+  line = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
+  for size, said in line.findall(text):
+    if said.startswith("color ") or "thread-local" in said:
+      continue
+    kind = "temporary"
+    if re.search(r"\bparameter \d", said):
+      kind = "arguments"
+    elif "maybe-live-out" in said:
+      kind = "results"
+    found[kind] += int(size)
+  return found | {"peak": sum(found.values())}
 
 
 def largest_arrays(text: str, count: int) -> list[tuple[int, str, str]]:
@@ -468,9 +492,31 @@ def largest_arrays(text: str, count: int) -> list[tuple[int, str, str]]:
   return sorted(found.values(), reverse=True)[:count]
 
 
-def _rounds(condition: list[Instruction]) -> int | None:
-  """N where the condition is `index < N`, else None."""
+def _rounds(
+  condition: list[Instruction], body: list[Instruction]
+) -> int | None:
+  """N / step where the condition is `index < N`, else None."""
   fixed = [i for i in condition if i.opcode == "constant"]
-  if len(fixed) == 1 and condition[-1].opcode == "compare":
-    return fixed[0].number
-  return None
+  if len(fixed) != 1 or condition[-1].opcode != "compare":
+    return None
+  return -(-fixed[0].number // _step(condition, body))
+
+
+def _step(condition: list[Instruction], body: list[Instruction]) -> int:
+  """What a round adds to the index, 1 where the body does not say it plainly.
+
+  The compiler writes two rounds of a matmul whose operand goes from device to
+  device as one.
+  """
+  tested = {i.name: i for i in condition}[condition[-1].operands[0]]
+  place = re.search(r"index=(\d+)", tested.rest)
+  made = {i.name: i for i in body}
+  ends = [i for i in body if i.is_root and i.opcode == "tuple"]
+  if place is None or not ends:
+    return 1
+  added = made.get(ends[0].operands[int(place.group(1))])
+  if added is None or added.opcode != "add":
+    return 1
+  parts = [made[name] for name in added.operands if name in made]
+  steps = [i.number for i in parts if i.opcode == "constant" and i.number]
+  return steps[0] if len(steps) == 1 else 1

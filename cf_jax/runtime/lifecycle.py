@@ -42,6 +42,7 @@ EXIT_STOPPED = 75
 # this longer: a step that compiles or evaluates is not hung.
 _LATE_TIMES, _LATE_S = 10.0, 120.0
 _NUM_PACES = 20
+_REPORT_TIMES = 19.0  # a report's time to that until the next
 _MOST_S = 1e9  # 31 years; the system's timers end at some point
 
 
@@ -63,7 +64,8 @@ class Guard:
       An update and a checkpoint are still to be finished then.
     heartbeat_s: seconds between two writings of heartbeat.json.
     report_every_s: seconds between two rebuildings of report.html in training
-      loops; 0: at the end alone.
+      loops, at least; 0: at the end alone. A long run's takes longer, and all
+      of them together a twentieth of the time at most.
   """
 
   def __init__(
@@ -88,7 +90,7 @@ class Guard:
     self._time_limit_s = time_limit_s
     self._heartbeat_s = heartbeat_s
     self._report_every_s = report_every_s
-    self._reported: float | None = None
+    self._report_at: float | None = None
     self._reason = ""  # to stop
     self._in_loop = False
     self._asked = 0  # times that all processes were asked, the same on each
@@ -137,13 +139,14 @@ class Guard:
     self._paces.append(self._progress - self._stepped)
     self._stepped = self._progress
     self._about["step"] = step
-    now = time.monotonic()
-    if self._reported is None:  # nothing is written of the first update yet
-      self._reported = now
-    due = now - self._reported > self._report_every_s > 0
-    if due and _is_first():
+    begin = time.monotonic()
+    if self._report_at is None:  # nothing is written of the first update yet
+      self._report_at = begin + self._report_every_s
+    if _is_first() and begin > self._report_at and self._report_every_s:
       report.write_report(folder)
-      self._reported = time.monotonic()
+      end = time.monotonic()
+      wait_s = max(self._report_every_s, _REPORT_TIMES * (end - begin))
+      self._report_at = end + wait_s
     return self._agree()
 
   def progress(self) -> None:
@@ -248,7 +251,7 @@ class Guard:
   def __enter__(self) -> "Guard":
     with contextlib.ExitStack() as stack:
       if self._workdir is not None and _is_first():
-        stack.enter_context(_locked(self._workdir))
+        stack.enter_context(locked(self._workdir))
       if threading.current_thread() is threading.main_thread():
         stack.enter_context(self._signals())
       self._ended = threading.Event()
@@ -316,16 +319,21 @@ def _clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
   """Holds the workdir's lock, which the system lets go with the process.
 
   The file's text only names the holder: what a killed run left there keeps
   nobody out.
 
+  Args:
+    workdir: made if missing.
+    name: of the file, where several processes share a folder by design.
+
   Raises:
     ValueError: another run has it.
   """
-  path = workdir / LOCK_FILE
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / name
   with open(path, "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,7 +32,7 @@ HEARTBEAT_S, SHUTDOWN_S = 30, 60
 _ANSWER_S = 3600
 _WATCH_S = 2  # between two looks for another process's failure
 _HEARD_S = 10  # a process that failed waits so long for the others to hear it
-_FAILED = "cf_jax/failed"
+_FAILED, _DONE = "cf_jax/failed", "cf_jax/done"
 _LOST = re.compile(
   r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b"
   r".*(gloo|nccl|connection|coordination|heartbeat|peer)",
@@ -41,9 +41,11 @@ _LOST = re.compile(
 # What jaxlib raises for a status depends on the status.
 _STORE_ERRORS = (RuntimeError, ValueError)
 _turns = itertools.count()
+_heard = threading.Event()  # another one's failure: the watch ends this process
 
-# A process that another one's end has ended.
-EXIT_PEER = 76
+# A process that another one's end has ended; but by what a user has to put
+# right all end with the same code, or scripts would start the others again.
+EXIT_PEER, EXIT_USER = 76, 2
 
 
 def start(environ: Mapping[str, str] = os.environ) -> None:
@@ -127,12 +129,40 @@ def exchange(value: Any) -> list[Any]:
   return found
 
 
-def is_lost(error: Exception) -> bool:
-  """Does an error say that another process is gone?
+def part() -> None:
+  """Waits until every process is done; the last call of a run that went well.
 
-  Such errors come in several types; their text begins with XLA's status.
+  The first one may write reports for minutes after the others are done, and
+  jax gives those who leave no more than `SHUTDOWN_S` between them. One that
+  fails or dies meanwhile ends the wait as it ends anything else.
   """
-  return bool(_LOST.match(str(error)))
+  if count() == 1:
+    return
+  client, me = distributed.global_state.client, jax.process_index()
+  client.key_value_set(f"{_DONE}/{me}", "")
+  left = list(range(jax.process_count()))
+  while left:
+    try:
+      client.blocking_key_value_get(f"{_DONE}/{left[-1]}", 1000 * _ANSWER_S)
+      left.pop()
+    except _STORE_ERRORS as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
+def lost(error: BaseException | None) -> str:
+  """What an error says of another process that is gone; "" of another error.
+
+  Such errors come in several types; their text begins with XLA's status. Others
+  may stand around them: of a checkpoint that could not be written together.
+  """
+  seen = []
+  while error is not None and error not in seen:
+    if _LOST.match(str(error)):
+      return str(error).strip().partition("\n")[0]
+    seen.append(error)
+    error = error.__cause__ or error.__context__
+  return ""
 
 
 def leave(message: str, code: int) -> None:
@@ -145,10 +175,12 @@ def leave(message: str, code: int) -> None:
     message: why, on one line.
     code: exit code.
   """
+  if _heard.is_set():  # what this one met follows from that
+    time.sleep(_HEARD_S)
   client, me = distributed.global_state.client, jax.process_index()
   print(f"error: {message}", file=sys.stderr)
   try:
-    client.key_value_set(_FAILED, json.dumps([me, message]))
+    client.key_value_set(_FAILED, json.dumps([me, message, code]))
     # Once this one is gone, collectives fail and say less than the message.
     end = time.monotonic() + _HEARD_S
     for n in set(range(jax.process_count())) - {me}:
@@ -171,9 +203,10 @@ def _watch(over: threading.Event) -> None:
     except _STORE_ERRORS as error:
       if "DEADLINE_EXCEEDED" not in str(error):
         return  # the service is gone; jax itself says so
-  number, message = json.loads(found)
+  number, message, code = json.loads(found)
   if number == me:
     return
+  _heard.set()
   print(
     f"error: process {number} of {jax.process_count()} failed: {message}; this"
     " process ends too",
@@ -182,7 +215,7 @@ def _watch(over: threading.Event) -> None:
   client.key_value_set(f"{_FAILED}/{me}", "")
   if me == 0:
     time.sleep(1)  # the store goes with it, and who failed looks there
-  _end(EXIT_PEER)
+  _end(code if code == EXIT_USER else EXIT_PEER)
 
 
 def _end(code: int) -> None:

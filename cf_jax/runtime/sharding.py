@@ -58,6 +58,20 @@ DECODING_RULES = (
   (r"^prefix_mask$", BATCH),
   (r"^(token|logprob|mask|done|last|position|key)$", BATCH),
 )
+# The copy of the decoder that decoding reads, layers apart, see
+# `decoding_mesh`: a kernel's axes less L, and whole where it would lie over
+# `fsdp`. A "table" is a kernel turned, see `layers.turn`.
+COPY_RULES = (
+  (r"(embed|head)/embedding$", P("tensor")),  # [V, D]
+  (r"/layers/\d+/(query|key|value|mlp/gate|mlp/up)/kernel$", P(None, "tensor")),
+  (r"/layers/\d+/(query|key|value|mlp/gate|mlp/up)/table$", P("tensor")),
+  (r"/layers/\d+/(query|key|value|mlp/gate|mlp/up)/bias$", P("tensor")),
+  (r"/layers/\d+/(out|mlp/down)/(kernel|lora_a)$", P("tensor")),
+  (r"/layers/\d+/(out|mlp/down)/table$", P(None, "tensor")),
+  (r"/layers/\d+/(out|mlp/down)/lora_b$", P()),
+  (r"/layers/\d+/.*/lora_b$", P(None, "tensor")),
+  (r"(scale|bias|lora_a)$", P()),
+)
 
 
 def path_of(key_path: tuple) -> str:
@@ -121,6 +135,28 @@ def make_mesh(
     allow_split_physical_axes=True,
   )
   return Mesh(arranged, AXES, axis_types=auto)
+
+
+def decoding_mesh(mesh: Mesh, num_kv_heads: int) -> Mesh:
+  """The same devices for decoding: a part of `fsdp` is given to `tensor`.
+
+  A token takes every weight. Split over `fsdp` they would all come over the
+  links for each token, which takes many times the rest of an update. Instead
+  as many neighbours along `fsdp` as there are key heads for share a copy, each
+  its own heads, and the copies share the rows.
+
+  Args:
+    mesh: the run's.
+    num_kv_heads: of the model.
+  """
+  data, fsdp, tensor, context = (mesh.shape[name] for name in AXES)
+  if num_kv_heads % tensor:
+    return mesh
+  share = math.gcd(fsdp, num_kv_heads // tensor)
+  if share == 1:
+    return mesh
+  devices = mesh.devices.reshape(data, fsdp // share, share * tensor, context)
+  return Mesh(devices, AXES, axis_types=mesh.axis_types)
 
 
 def spec_for(path: str, shape: tuple[int, ...], rules: tuple) -> P:

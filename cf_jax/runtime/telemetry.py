@@ -58,6 +58,17 @@ _VERSIONED = (
   "tokenizers",
   "tensorflow-datasets",
 )
+# `max_tokens` and `judge.key_variable` are named like none.
+_SECRET_NAME = re.compile(
+  r"(?:^|[._-])(?:api_?key|key|token|secret|passwd|password|credentials?)"
+  r"(?:_id)?$",
+  re.IGNORECASE,
+)
+_LEAST_SECRET = 8  # letters; shorter ones are in many words
+_KNOWN_KEYS = re.compile(
+  r"\b(?:sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abpr]-|AKIA|AIza)[\w-]{8,}"
+)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _TABLE_BOX = rich.box.SIMPLE_HEAD
 
 
@@ -97,10 +108,16 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
   Raises:
     ValueError: an earlier line is not a JSON object.
   """
-  return list(_rows(pathlib.Path(path)))
+  return list(each_row(path))
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict]:
+def each_row(path: str | os.PathLike) -> Iterator[dict]:
+  """`read_rows` one by one: for files that grow as long as a run goes on.
+
+  Raises:
+    ValueError: a line before the last is not a JSON object.
+  """
+  path = pathlib.Path(path)
   if not path.exists():
     return
   with path.open("rb") as file:
@@ -151,10 +168,8 @@ class MetricWriter:
       return
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    kept = _keep_rows(workdir / METRICS_FILE, resume)
+    _keep_rows(workdir / METRICS_FILE, resume)
     _keep_rows(workdir / ROLLOUTS_FILE, resume)
-    wall_s = max((row.get("wall_s") or 0.0 for row in kept), default=0.0)
-    self._start = time.monotonic() - wall_s
     self._metrics = (workdir / METRICS_FILE).open("ab")
     self._rollouts = (workdir / ROLLOUTS_FILE).open("ab")
     # Event files cannot be cut at a step: they are written anew from the rows.
@@ -164,9 +179,12 @@ class MetricWriter:
       old.unlink()
     self._events = _open_events(events)
     self.backend = self._events.backend
-    for row in kept:
+    wall_s = 0.0
+    for row in each_row(workdir / METRICS_FILE):
+      wall_s = max(wall_s, row.get("wall_s") or 0.0)
       self._write_events(row)
     self._events.flush()
+    self._start = time.monotonic() - wall_s
 
   def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
     """Writes one row of scalars; it is handed to the system at once.
@@ -265,18 +283,17 @@ def _line(row: Mapping[str, Any]) -> bytes:
   return json.dumps(row).encode("ascii") + b"\n"
 
 
-def _keep_rows(path: pathlib.Path, resume: Mapping[str, int]) -> list[dict]:
+def _keep_rows(path: pathlib.Path, resume: Mapping[str, int]) -> None:
   """Cuts a .jsonl file down to the rows that the checkpoints cover."""
   if not path.exists():
-    return []
-  kept = [
-    row
-    for row in _rows(path)
-    if row.get("step", 0) <= resume.get(row.get("stage"), -1)
-  ]
+    return
 
-  disk.write(path, b"".join(map(_line, kept)))
-  return kept
+  def write(file):
+    for row in each_row(path):
+      if row.get("step", 0) <= resume.get(row.get("stage"), -1):
+        file.write(_line(row))
+
+  disk.write(path, write)
 
 
 class _CluEvents:
@@ -856,7 +873,8 @@ def write_manifest(
     config: ConfigDict or dict.
     seed: of the run.
     data_hash: of the data settings, as the data set's cache names it.
-    argv: command line; `sys.argv` by default.
+    argv: command line; `sys.argv` by default. What may be a secret in it is
+      left out (`without_secrets`).
     peak: what the run's utilisation is measured against.
 
   Returns:
@@ -867,7 +885,7 @@ def write_manifest(
   earlier = read_manifest(workdir).get("starts") if path.exists() else []
   start = {
     "time": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-    "argv": list(sys.argv if argv is None else argv),
+    "argv": without_secrets(sys.argv if argv is None else argv),
     "versions": versions(),
     "git": git_revision(),
     "devices": [str(device.device_kind) for device in jax.devices()],
@@ -886,6 +904,36 @@ def write_manifest(
   if processes.is_first():
     write_json(path, manifest)
   return manifest
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+  """A command line with `***` for what may be a secret.
+
+  That is: the value of a flag that is named like one, the user and the
+  password of an address, what looks like a key of a known service,
+  and the value of an environment variable that is named like a secret.
+  """
+  held = [
+    value
+    for name, value in os.environ.items()
+    if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET
+  ]
+  made, hidden = [], False
+  for entry in map(str, argv):
+    name, equals, _ = entry.partition("=")
+    is_flag = name.startswith("-")
+    named = bool(is_flag and _SECRET_NAME.search(name))
+    if hidden and not is_flag:
+      entry = "***"
+    elif named and equals:
+      entry = f"{name}=***"
+    else:
+      for value in held:
+        entry = entry.replace(value, "***")
+      entry = _IN_ADDRESS.sub("***", _KNOWN_KEYS.sub("***", entry))
+    hidden = named and not equals
+    made.append(entry)
+  return made
 
 
 def read_manifest(workdir: str | os.PathLike) -> dict:

@@ -40,6 +40,20 @@ def base(tmp_path_factory):
   return _save(tmp_path_factory.mktemp("base") / "hf", _model())
 
 
+def _make_judge(experiment, make_judge=verdicts.make_judge):
+  """Calls every other completion right."""
+  judge = make_judge(experiment)
+
+  def read(prepared, token, mask):
+    found = judge(prepared, token, mask)
+    right = (token * mask).sum(axis=-1) % 2
+    return found.replace(
+      component=found.component | {"accuracy": right.astype(np.float32)}
+    )
+
+  return read
+
+
 def _config(base, cache_dir):
   config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
   config.init_from = str(base)
@@ -49,6 +63,8 @@ def _config(base, cache_dir):
   config.sft.max_steps = 0
   config.rl.update(steps=2, checkpoint_every=1)
   config.rl.optim.learning_rate = 0.01
+  config.evaluation.arms = ("keyframes",)
+  config.report.stages = ("rl",)
   return config
 
 
@@ -56,21 +72,8 @@ def _config(base, cache_dir):
 def run(base, cache_dir, tmp_path_factory):
   """A finished run of two updates; every other completion is called right."""
   workdir = tmp_path_factory.mktemp("lora") / "run"
-
-  def make_judge(experiment, make_judge=verdicts.make_judge):
-    judge = make_judge(experiment)
-
-    def read(prepared, token, mask):
-      found = judge(prepared, token, mask)
-      right = (token * mask).sum(axis=-1) % 2
-      return found.replace(
-        component=found.component | {"accuracy": right.astype(np.float32)}
-      )
-
-    return read
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(verdicts, "make_judge", make_judge)
+    patch.setattr(verdicts, "make_judge", _make_judge)
     train.run(_config(base, cache_dir).lock(), workdir)
   return workdir
 
@@ -265,6 +268,10 @@ def test_frozen_by_regex_in_one_stage(cache_dir, tmp_path, mesh):
   config.sft.update(max_steps=2, checkpoint_every=2)
   config.rl.update(steps=1, checkpoint_every=1)
   config.rl.optim.frozen = (r"^vision/",)
+  # What else a run has is in others'.
+  config.contrast.kind, config.loss.kl_weight = "none", 0.0
+  config.evaluation.arms = ("keyframes",)
+  config.report.stages = ("rl",)
   train.run(config.lock(), tmp_path / "run")
   policy = policies.load_policy(str(tmp_path / "run"), mesh)
   start = policies.initial_params(config, policy.model, mesh)

@@ -41,6 +41,41 @@ ENTRY %main (x: f32[8,128], y: f32[8]) -> f32[6,128] {
 }
 """
 
+IN_PIECES = """HloModule in_pieces
+
+%first (p0: s8[4096]) -> s8[1024] {
+  %p0 = s8[4096]{0:T(1024)} parameter(0)
+  ROOT %slice.1 = s8[1024]{0:T(1024)S(1)} slice(%p0), slice={[0:1024]}
+}
+
+%second (p1: s8[4096]) -> s8[1024] {
+  %p1 = s8[4096]{0:T(1024)} parameter(0)
+  ROOT %slice.2 = s8[1024]{0:T(1024)} slice(%p1), slice={[1024:2048]}
+}
+
+ENTRY %main (x: s8[4096]) -> s8[1024] {
+  %x = s8[4096]{0:T(1024)} parameter(0)
+  %a = ((s8[4096]{0:T(1024)}), s8[1024]{0:T(1024)S(1)}, s32[]{:S(2)}) \
+async-start(%x), calls=%first
+  %b = ((s8[4096]{0:T(1024)}), s8[1024]{0:T(1024)}, s32[]{:S(2)}) \
+async-start(%x), calls=%second
+  %c = s8[1024]{0:T(1024)S(1)} async-done(%a)
+  ROOT %d = s8[1024]{0:T(1024)} async-done(%b)
+}
+"""
+
+BUFFERS = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 add.19 @0> (size=512,offset=0): bf16[]{:T(256)}
+allocation 1: size 4096, output shape is |bf16[6,8]|, maybe-live-out:
+allocation 2: size 1024, parameter 0, shape |bf16[6]| at ShapeIndex {}:
+allocation 3: size 2048, parameter 1, shape |bf16[6]| at \
+ShapeIndex {}, maybe-live-out:
+allocation 4: size 512, constant:
+allocation 16: size 8192, preallocated-temp:
+allocation 17: size 4, color 2, preallocated-temp:
+"""
+
 IN_PLACE = """HloModule in_place
 
 %fused (p0: f32[64,8], p1: f32[1,8], p2: s32[]) -> f32[64,8] {
@@ -164,3 +199,48 @@ def test_places_without_data_are_no_work(stride, low, high, lhs, rhs):
 def test_time_is_the_longer_of_computing_and_moving():
   found = hlo.count(IN_PLACE, bytes_per_s=2.0)
   assert found.busy_s == (found.read + found.written) / 2
+
+
+def test_what_comes_in_pieces_is_read_once():
+  cost = hlo.count(IN_PIECES)
+  assert cost.read == 2 * 1024
+  assert cost.written == 1024  # the first lies on the chip
+
+
+def test_memory_of_a_buffer_assignment():
+  assert hlo.assigned(BUFFERS) == {
+    "arguments": 1024 + 2048,
+    "results": 4096,
+    "temporary": 512 + 8192,
+    "code": 0,
+    "peak": 1024 + 2048 + 4096 + 512 + 8192,
+  }
+
+
+def test_rounds_of_a_loop_that_goes_in_steps():
+  """7 rounds of a loop up to 13 that adds 2."""
+  text = """HloModule steps
+
+%again (state: (u32[], f32[6,128])) -> pred[] {
+  %last = u32[]{:T(128)} constant(13)
+  %state = (u32[]{:T(128)}, f32[6,128]{1,0:T(8,128)}) parameter(0)
+  %turn = u32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%turn, %last), direction=LT
+}
+
+%body (state.1: (u32[], f32[6,128])) -> (u32[], f32[6,128]) {
+  %two = u32[]{:T(128)} constant(2)
+  %state.1 = (u32[]{:T(128)}, f32[6,128]{1,0:T(8,128)}) parameter(0)
+  %turn.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %own = f32[6,128]{1,0:T(8,128)S(1)} get-tuple-element(%state.1), index=1
+  %out = f32[6,128]{1,0:T(8,128)} copy(%own)
+  %next = u32[]{:T(128)S(6)} add(%turn.1, %two)
+  ROOT %new = (u32[]{:T(128)}, f32[6,128]{1,0:T(8,128)}) tuple(%next, %out)
+}
+
+ENTRY %main (start: (u32[], f32[6,128])) -> (u32[], f32[6,128]) {
+  %start = (u32[]{:T(128)}, f32[6,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %end = (u32[], f32[6,128]) while(%start), condition=%again, body=%body
+}
+"""
+  assert hlo.count(text).written == 7 * 6 * 128 * 4

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from benchmarks import soak
 from cf_jax.runtime import lifecycle
 from tests.conftest import ROOT
 
@@ -278,3 +279,46 @@ def test_the_report_is_rebuilt_while_the_run_goes(tmp_path, monkeypatch):
   for step, now[0] in enumerate((500.0, 561.0, 562.0, 620.0, 622.0)):
     guard.advance(step, tmp_path / f"{step}")
   assert built == [tmp_path / "1", tmp_path / "4"]
+
+
+def test_reports_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+  built, now = [], [0.0]
+
+  def slow(folder):
+    built.append(now[0])
+    now[0] += 10.0
+
+  monkeypatch.setattr(lifecycle.report, "write_report", slow)
+  monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now[0])
+  guard = lifecycle.Guard(report_every_s=60.0)
+  while now[0] < 1000.0:
+    guard.advance(1, tmp_path)
+    now[0] += 1.0
+  assert built == [61.0, 262.0, 463.0, 664.0, 865.0]
+
+
+# ------------------------------------------------------------------- endurance
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "grew"),
+  [
+    ("rss_mib", 700.0, False),
+    ("rss_mib", 720.0, False),  # 3 %
+    ("rss_mib", 740.0, True),  # 6 %
+    ("files", 12, False),
+    ("files", 13, True),
+    ("threads", 91, True),
+    ("live_arrays", 189, True),
+    ("live_mib", 0.9, True),
+  ],
+)
+def test_the_soak_tells_what_grew(name, value, grew):
+  flat = dict(rss_mib=700.0, live_arrays=188, live_mib=0.8, threads=90)
+  flat |= {"files": 12}
+  busy = flat | {"files": 14, "threads": 95}  # a checkpoint is written
+  seen = [flat, busy] * soak.WINDOW
+  assert soak.growth(seen[1:]) is None  # too short to tell
+  found = soak.growth([*seen, *[flat | {name: value}] * soak.WINDOW])
+  over = [n for n, share in found.items() if share > soak.MAX_GROWTH[n]]
+  assert over == [name] * grew

@@ -136,7 +136,7 @@ _EIGHT = """
 import dataclasses, functools, sys, types
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding
-from cf_jax import sampling, tad
+from cf_jax import policy, sampling, tad
 from cf_jax.models import config as model_config
 from cf_jax.models import layers, vlm
 from cf_jax.programs import experiment as experiment_lib
@@ -198,20 +198,35 @@ def step_of(model):
     return loss, grad, new.params
   return step
 
+EOS = (36, 37, 38, 39)
+
+def draw_whole(params, view, encoded, seed, temperature):
+  # Layers in their stack, on one device.
+  how = dict(eos_id=EOS, temperature=temperature)
+  begun = sampling.start(
+      model, params, view.prompt, policy.show(encoded, view.frame), seed,
+      banned, num_completions=G, max_tokens=C, **how)
+  return sampling.advance(model, params, begun, C, banned, **how).rollout
+
 def draw_of(model, mesh):
-  # Prefill, then decoding with layers apart and turned, as in a run.
-  def draw(params, prompt, visual, seed, temperature):
-    how = dict(eos_id=(36, 37, 38, 39), temperature=temperature)
-    begun = sampling.start(model, params, prompt, visual, seed, banned,
-                           num_completions=G, max_tokens=C, **how)
-    if mesh is None:
-      apart = params
-    else:
-      begun = sharding.constrain(begun, mesh, sharding.DECODING_RULES)
-      apart = vlm.unstacked(model, params, rows=B * G)
-      assert layers.TURNED in apart["decoder"]["layers"][0]["query"]
-    return sampling.advance(model, apart, begun, C, banned, **how).rollout
-  return jax.jit(draw)
+  # As in a run: layers apart and turned, laid out for decoding.
+  steps = experiment_lib.make_sample_steps(
+      types.SimpleNamespace(
+          model=model, mesh=mesh, tokenizer=types.SimpleNamespace(eos_id=EOS),
+          banned=np.zeros(40, bool)),
+      num_completions=G, max_tokens=C)
+  def draw(params, view, encoded, seed, temperature):
+    how = dict(temperature=temperature)
+    apart = steps.unstack(params, rows=B * G)
+    table = apart["decoder"]["layers"][0]["query"][layers.TURNED]
+    tensor = sharding.decoding_mesh(mesh, 2).shape["tensor"]
+    assert table.sharding.shard_shape(table.shape) == (32 // tensor, 32)
+    begun = steps.prefill.func(params, view, encoded, seed, how)
+    rollout = steps.decode.func(apart, begun, how).rollout
+    assert {s.data.shape[0] for s in rollout.token.addressable_shards} == {
+        B // (mesh.shape["data"] * mesh.shape["fsdp"])}
+    return rollout
+  return draw
 
 def same(found, expected):
   for path, a in jax.tree_util.tree_leaves_with_path(found):
@@ -220,18 +235,22 @@ def same(found, expected):
       b = b[getattr(key, "idx", getattr(key, "key", None))]
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=4e-4, err_msg=str(path))
 
-visual = np.zeros((B, 2, 32), np.float32)
+encoded = np.zeros((B, 2, 1, 32), np.float32)
 expected = jax.jit(step_of(model))(start, batch)
-draw = draw_of(model, None)
-drawn = {t: draw(params, view.prompt, visual, seed, t) for t in (1.0, 0.0)}
+draw = jax.jit(draw_whole)
+drawn = {t: draw(params, view, encoded, seed, t) for t in (1.0, 0.0)}
 assert len(np.unique(np.asarray(drawn[1.0].token)[:, :, 0])) > 4
 assert np.asarray(drawn[1.0].mask).sum(-1).min() < C
 chosen = tad.select_videos(scan, seen, num_keyframes=3)
 
-for data, fsdp, tensor, context in (
-    (8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (1, 2, 2, 2)):
+# The mesh, and the one that decoding makes of it: two key heads.
+for (data, fsdp, tensor, context), decoding in (
+    ((8, 1, 1, 1), (8, 1, 1, 1)), ((1, 8, 1, 1), (1, 4, 2, 1)),
+    ((2, 1, 4, 1), (2, 1, 4, 1)), ((1, 2, 2, 2), (1, 2, 2, 2))):
   mesh = sharding.make_mesh(
       data=data, fsdp=fsdp, tensor=tensor, context=context)
+  assert sharding.decoding_mesh(
+      mesh, model.num_key_value_heads).devices.shape == decoding
   sharding.check_model(model, mesh)
   own = dataclasses.replace(model, mesh=mesh)
   shardings = sharding.tree_shardings(start, mesh, sharding.STATE_RULES)
@@ -243,7 +262,7 @@ for data, fsdp, tensor, context in (
       shardings, sharding.batch_sharding(mesh)))(state, put(batch)), expected)
   draw = draw_of(own, mesh)
   for temperature, want in drawn.items():
-    found = draw(state.params, put(view.prompt), put(visual), put(seed),
+    found = draw(state.params, put(view), put(encoded), put(seed),
                  temperature)
     np.testing.assert_array_equal(found.token, want.token)
     np.testing.assert_array_equal(found.mask, want.mask)
@@ -399,6 +418,41 @@ def test_pods_divide_every_parameter(size):
       sharding.check_model(model, mesh)
       found = sharding.left_whole(whole, mesh, sharding.PARTITION_RULES)
       assert set(found) == expected, mesh
+
+
+@pytest.mark.parametrize(
+  "size", [name for name in model_config.SIZES if name != "tiny"]
+)
+def test_the_copy_to_decode_with_lies_over_the_key_heads(size):
+  """All but norms and biases is an equal part of each device; none is moved
+  for a token but over `tensor`."""
+  model = model_config.SIZES[size]()
+  shapes = _shapes(size)
+  adapters = jax.eval_shape(
+    lambda: lora.init(
+      shapes,
+      jax.random.key(0),
+      rank=16,
+      alpha=32.0,
+      modules=(r"^decoder/layers/",),
+    )
+  )
+  heads = model.num_key_value_heads
+  mesh = _mesh(fsdp=64 // heads, tensor=heads)
+  apart = jax.eval_shape(
+    lambda params: vlm.unstacked(model, params, rows=512, platform="tpu"),
+    optim.join(shapes, adapters),
+  )
+  assert not sharding.left_whole(apart, mesh, sharding.COPY_RULES)
+  placed = sharding.tree_shardings(apart, mesh, sharding.COPY_RULES)
+  whole = split = 0
+  for leaf, place in zip(
+    jax.tree.leaves(apart), jax.tree.leaves(placed), strict=True
+  ):
+    assert set(jax.tree.leaves(tuple(place.spec))) <= {"tensor", None}
+    whole += leaf.size
+    split += np.prod(place.shard_shape(leaf.shape))
+  assert split < 1.02 * whole / heads
 
 
 def test_caches_lie_over_rows_heads_and_slots():

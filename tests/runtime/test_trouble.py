@@ -253,6 +253,45 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "6", "7"]
 
 
+def test_a_best_metric_that_is_never_measured(tmp_path):
+  settings = dict(keep=2, keep_best=2, best_metric="dev_acuracy")
+  with checkpoint.Checkpoints(tmp_path, **settings) as store:
+    with pytest.raises(ValueError, match="did you mean 'dev_accuracy'") as told:
+      store.check_metric(["loss", "dev_accuracy"])
+    assert "config.checkpoint.best_metric='dev_acuracy'" in str(told.value)
+  with checkpoint.Checkpoints(
+    tmp_path, **settings | {"best_metric": "loss"}
+  ) as store:
+    store.check_metric(["loss"])
+  with checkpoint.Checkpoints(tmp_path, **settings | {"keep_best": 0}) as store:
+    store.check_metric(["loss"])  # it is not asked for
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_signal_during_the_last_report(
+  complete, tiny_config, tmp_path, monkeypatch
+):
+  """All is computed and kept then: there is nothing to go on with."""
+
+  def run(config, workdir, guard):
+    (workdir / telemetry.METRICS_FILE).write_text(
+      '{"stage": "rl", "step": 1, "loss": 1.0}\n'
+    )
+    if complete:
+      telemetry.write_json(workdir / "results.json", {})
+    guard.enter("report")
+    signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(train, "_run", run)
+  if complete:
+    train.run(tiny_config.lock(), tmp_path)
+    assert train.is_complete(tmp_path)
+  else:
+    with pytest.raises(lifecycle.Stopped, match="SIGTERM while at: report"):
+      train.run(tiny_config.lock(), tmp_path)
+  assert (tmp_path / "report.html").exists()
+
+
 @pytest.mark.parametrize(
   "settings", [dict(keep=0), dict(keep=1, keep_best=1, best_metric="")]
 )
