@@ -1000,7 +1000,11 @@ def _plan(config, workdir, *, to_the_end):
       folder = None
       if not to_the_end:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="plan_"))
-      row, made = _measure(program, where, experiment, config.largest, folder)
+      try:
+        row, made = _measure(program, where, experiment, config.largest, folder)
+      finally:
+        if folder is not None:
+          shutil.rmtree(folder, ignore_errors=True)
       if not row["fits"]:
         row["would_help"] = helpful(row, target, parts)
       result["programs"].append(row)
@@ -1013,7 +1017,6 @@ def _plan(config, workdir, *, to_the_end):
         row["compile_s"],
       )
       if not to_the_end:
-        shutil.rmtree(folder, ignore_errors=True)
         _keep(result, known, where, workdir)
         sys.stderr.flush()
         os._exit(_MORE)

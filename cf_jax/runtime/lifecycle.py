@@ -1,7 +1,7 @@
 """A run's life: one at a time in a workdir, stopped without loss, followed.
 
 Files of a workdir written here:
-  run.lock        who runs here: host, process, start; empty when nobody does
+  run.lock        who runs here: host, process, start; there while one does
   heartbeat.json  what the run is at, when it last got on, what it expects
 
 How to read a heartbeat: `written` is older than a few `every_s`: the process is
@@ -323,7 +323,8 @@ def locked(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
   """Holds the workdir's lock, which the system lets go with the process.
 
   The file's text only names the holder: what a killed run left there keeps
-  nobody out.
+  nobody out. At the end the file is taken away, and so are folders that were
+  made for it and hold nothing else.
 
   Args:
     workdir: made if missing.
@@ -332,22 +333,28 @@ def locked(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
   Raises:
     ValueError: another run has it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
+  made = [path for path in (workdir, *workdir.parents) if not path.exists()]
   path = workdir / name
-  with open(path, "a+", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(
-        f"{workdir} is in use by {_holder(file) or 'another process'}; wait"
-        " for that run or stop it, or give another --workdir"
-      ) from None
-    except OSError as error:
-      logging.warning(
-        "%s cannot be locked (%s); see to it that nothing else runs there",
-        path,
-        error.strerror,
-      )
+  with contextlib.ExitStack() as stack:
+    while True:
+      workdir.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise ValueError(
+          f"{workdir} is in use by {_holder(file) or 'another process'}; wait"
+          " for that run or stop it, or give another --workdir"
+        ) from None
+      except OSError as error:
+        logging.warning(
+          "%s cannot be locked (%s); see to it that nothing else runs there",
+          path,
+          error.strerror,
+        )
+        break
+      if _is_at(file, path):  # else its holder took it away meanwhile
+        break
     if before := _holder(file):
       logging.info("the last run in %s, by %s, was cut off", workdir, before)
     file.truncate(0)
@@ -364,7 +371,18 @@ def locked(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
       yield
     finally:
       with contextlib.suppress(OSError):
-        file.truncate(0)
+        if _is_at(file, path):
+          path.unlink()
+        for folder in made:
+          folder.rmdir()  # not where something lies in it
+
+
+def _is_at(file: TextIO, path: pathlib.Path) -> bool:
+  """Is it this file that lies there?"""
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+  except FileNotFoundError:
+    return False
 
 
 def _holder(file: TextIO) -> str:

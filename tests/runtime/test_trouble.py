@@ -125,7 +125,7 @@ def test_a_data_set_that_is_gone(tiny_config, tmp_path):
   with pytest.raises(ValueError, match="no manifest at .*config.data.source"):
     train.run(tiny_config.lock(), tmp_path / "run")
   names = {p.name for p in (tmp_path / "run").iterdir()}
-  assert names == {lifecycle.LOCK_FILE, lifecycle.HEARTBEAT_FILE}
+  assert names == {lifecycle.HEARTBEAT_FILE}
 
 
 @pytest.mark.parametrize(
