@@ -43,6 +43,7 @@ def evaluate(
 
   Raises:
     subprocess.CalledProcessError: the evaluation failed.
+    ValueError: the workdir holds other evaluations, too.
   """
   seed = json.loads((policy / "manifest.json").read_text("utf-8"))["seed"]
   command = [
@@ -62,6 +63,8 @@ def evaluate(
   if not found:
     subprocess.run(command, check=True)
     found = list(workdir.glob("synthetic/*/scores.json"))
+  if len(found) > 1:
+    raise ValueError(f"{workdir} holds {len(found)} evaluations, expected one")
   (path,) = found
   return {
     figure["group"].removeprefix("task: "): figure["value"]
@@ -101,7 +104,8 @@ def main() -> None:
   for results in runs:
     policy = results.parent.absolute()
     for select in SELECTORS:
-      workdir = args.out / policy.parent.name / args.arm / select
+      kept = f"{select}_{args.count}"
+      workdir = args.out / policy.parent.name / args.arm / kept
       found[select].append(evaluate(policy, select, workdir, count=args.count))
   print(f"{args.arm}, {len(runs)} seeds, {args.count} videos a task\n")
   print(table(found))

@@ -118,7 +118,8 @@ class Near(NamedTuple):
     if isinstance(value, bool):
       mild, wild = [not value], [*wild, int(value), str(value)]
     elif isinstance(value, int | float):
-      mild += [value + 1, value + 0.25, 3 * value, 0, 10**6 * value]
+      mild += [value + 1, 3 * value, 0, 10**6 * value]
+      mild += [value + 0.25 if abs(value) < 2**1000 else 0.25]
       wild += [-value, 10**400, -(10**400), 1e308, float("inf"), float("nan")]
       wild += [bool(value), str(value)]
     elif isinstance(value, str):

@@ -78,7 +78,11 @@ def row(name: str, folder: pathlib.Path) -> str:
       words += ["unmeasured"] + ["-"] * (columns - 1)
       continue
     gib = f"{each['peak_bytes'] / _GIB:.1f}"
-    words.append(gib if each["fits"] else f"**{gib}, does not fit**")
+    if not each["fits"]:
+      gib = f"**{gib}, does not fit**"
+    elif each.get("near"):
+      gib += ", may not fit"
+    words.append(gib)
     if "time" not in each:  # the compiler refused it
       words += ["-"] * (columns - 1)
       continue

@@ -140,7 +140,10 @@ def run(argv: list[str]) -> None:
     program.run(config, workdir)
     processes.part()
   except lifecycle.Stopped as stopped:
-    processes.part()
+    try:
+      processes.part()
+    except Exception as error:  # all is saved, whatever the others do
+      logging.warning("another process went before it was done: %s", error)
     print(
       f"stopped: {stopped}; all is saved, the same command goes on from there",
       file=sys.stderr,
@@ -154,6 +157,7 @@ def run(argv: list[str]) -> None:
 
 def leave_together(error: Exception) -> None:
   """Ends all processes of a run in which one met an error; does not return."""
+  from cf_jax.data import judge
   from cf_jax.runtime import processes
 
   said = processes.lost(error)
@@ -164,7 +168,12 @@ def leave_together(error: Exception) -> None:
       " checkpoint",
       processes.EXIT_PEER,
     )
-  if isinstance(error, ValueError | FloatingPointError | OSError):
+  passing = isinstance(error, OSError) and (
+    isinstance(error, ConnectionError | TimeoutError | judge.JudgeError)
+    or error.errno in (errno.EIO, errno.ESTALE)
+  )
+  ours = isinstance(error, ValueError | FloatingPointError | OSError)
+  if ours and not passing:  # it would meet the next start, too
     processes.leave(explain_error(error), processes.EXIT_USER)
   logging.error("this process failed", exc_info=True)
   processes.leave(f"{type(error).__name__}: {error}", 1)

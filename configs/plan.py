@@ -34,7 +34,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # many CPU devices of this process.
   config.topology = "v5p:4x4x4"
   config.num_slices = 1  # of that shape, joined by the data centre's network
-  # "update decode": these programs and what they depend on; "": all.
+  # "update decode": these programs and what they depend on; "": all. Names of
+  # several words: "decode; evaluate: decode".
   config.programs = ""
   config.largest = 8  # arrays that are named, of each program
   # For TPUs: True makes the programs' machine code too, which takes several

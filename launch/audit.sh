@@ -29,6 +29,7 @@ audit_secrets() {
   local skipped='(^|/)(requirements\.lock|launch/audit\.lock|.*tokenizer\.json|.*\.ipynb|tests/parity/goldens/.*|docs/(results|images)/.*)$'
   local files found
   mapfile -d '' files < <(git -C "$ROOT" ls-files -z | grep -zvE "$skipped")
+  [[ ${#files[@]} -gt 0 ]] || die "git names no file of $ROOT to look at (whose checkout is it?)"
   say "+ detect-secrets-hook (${#files[@]} files)"
   found="$("$TOOLS/bin/detect-secrets-hook" "${files[@]}" 2>&1)" || {
     printf '%s\n' "$found" >&2

@@ -204,7 +204,20 @@ def main(argv: Sequence[str] | None = None) -> int:
           f"{point.name} starts from {min(lacks)}, which failed", flush=True
         )
         break
-      if lacks & {other.name for other in mine}:
+      if lacks - {other.name for other in mine}:
+        # Not this command's to run: another one may be at it.
+        start = next(p for p in points if p.name == min(lacks))
+        with claimed(start, out) as is_free:
+          if is_free and not is_finished(out / start.name):
+            failed.append(point.name)
+            print(
+              f"{point.name} starts from {start.name}, which is not finished"
+              " and not among --points",
+              flush=True,
+            )
+            break
+        continue
+      if lacks:
         continue
       with claimed(point, out) as is_mine:
         if not is_mine or is_finished(out / point.name):

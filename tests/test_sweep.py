@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -134,6 +135,40 @@ def test_points_that_others_run_are_waited_for(
   assert "waiting for what others run: one/start, one/next" in (
     capsys.readouterr().out
   )
+
+
+def test_an_unfinished_start_that_is_not_among_the_points(
+  config, tmp_path, monkeypatch, capsys
+):
+  """Nothing is started from a policy that is not done."""
+  out, ran = tmp_path / "out", []
+  monkeypatch.setattr(sweep.subprocess, "run", ran.append)
+  flags = [f"--config={config}", f"--out={out}", "--points=next"]
+  assert sweep.main(flags) == 1 and not ran
+  said = "one/next starts from one/start, which is not finished"
+  assert said in capsys.readouterr().out
+  # Another command is at it: this one waits.
+  points = {point.name: point for point in sweep.collect(_points(config))}
+  other = contextlib.ExitStack()
+  other.enter_context(sweep.claimed(points["one/start"], out))
+
+  def run(command):
+    ran.append(command)
+    _finish(out / "one" / "next", 0.5)
+    return subprocess.CompletedProcess(command, 0)
+
+  def sleep(_):
+    assert not ran
+    _finish(out / "one" / "start", 0.5)
+    other.close()
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
+  monkeypatch.setattr(sweep.time, "sleep", sleep)
+  assert sweep.main(flags) == 0 and len(ran) == 1
+
+
+def _points(config):
+  return runpy.run_path(str(config))["sweep"]
 
 
 def test_what_starts_from_a_failed_point_fails(config, tmp_path, monkeypatch):

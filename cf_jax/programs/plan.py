@@ -54,6 +54,9 @@ _INT, _FLOAT = np.dtype("int32"), np.dtype("float32")
 _MORE = 3  # exit code of a process that has compiled one program
 # What the compiler writes last before it makes machine code.
 _LAID_OUT = "*.after_optimizations_after_buffer_assignment.txt"
+# A whole compilation has said up to so much more temporary memory than the
+# buffers that are assigned before its machine code (docs/scale.md).
+_MORE_TEMPORARY = 0.5
 _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 
 
@@ -707,8 +710,13 @@ def _laid_out(
         f"the compiler left no {_LAID_OUT} in {folder};"
         " set config.machine_code=True"
       )
-  (buffers,) = folder.glob(_BUFFERS)
-  return there[0].read_text("utf-8"), hlo.assigned(buffers.read_text("utf-8"))
+  text, buffers = there[0].read_text("utf-8"), list(folder.glob(_BUFFERS))
+  if len(buffers) != 1 or not text.rstrip().endswith("}"):
+    raise RuntimeError(
+      f"what the compiler wrote to {folder} is not whole (is the disk full?);"
+      " set config.machine_code=True"
+    )
+  return text, hlo.assigned(buffers[0].read_text("utf-8"))
 
 
 def _measure(program, where, experiment, largest, folder):
@@ -767,6 +775,12 @@ def _measure(program, where, experiment, largest, folder):
   peak = memory["peak"] + beside
   row |= {
     "fits": where.chip is None or peak <= where.chip.hbm_bytes,
+    "near": bool(
+      where.chip
+      and folder is not None
+      and peak <= where.chip.hbm_bytes
+      and peak + _MORE_TEMPORARY * memory["temporary"] > where.chip.hbm_bytes
+    ),
     "memory": memory,
     "peak_bytes": peak,
     "largest": [
@@ -922,12 +936,18 @@ def plan(
   if code:
     raise RuntimeError(f"a process that compiles ended with exit code {code}")
   result = json.loads((workdir / RESULT_FILE).read_text("utf-8"))
-  unknown = set(config.programs.split()) - {
+  unknown = set(named(config.programs)) - {
     row["program"] for row in result["programs"]
   }
   if unknown:
     raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
   return result
+
+
+def named(programs: str) -> list[str]:
+  """Names of programs, split at ";" or, where there is none, at spaces."""
+  parts = programs.split(";" if ";" in programs else None)
+  return [part.strip() for part in parts if part.strip()]
 
 
 def _compile_one(settings, workdir):
@@ -947,7 +967,7 @@ def _plan(config, workdir, *, to_the_end):
   where = chips.open_slice(config.topology, config.num_slices)
   experiment = describe(target, config.size, where, workdir)
   shapes = Shapes(experiment)
-  wanted = config.programs.split()
+  wanted = named(config.programs)
   params = policies.abstract_params(target, experiment.model, experiment.mesh)
   stage = experiment_lib.describe_stage(experiment, "rl", params)
   group, length = (
@@ -1100,7 +1120,9 @@ def show(result: dict[str, Any]) -> None:
   lines = []
   for row in result["programs"]:
     line = [
-      row["program"] + ("" if row["fits"] else "  DOES NOT FIT"),
+      row["program"]
+      + ("" if row["fits"] else "  DOES NOT FIT")
+      + ("  MAY NOT FIT" if row.get("near") else ""),
       f"{row['peak_bytes'] / _GIB:.2f}",
     ]
     if "flops" in row:
@@ -1124,6 +1146,12 @@ def show(result: dict[str, Any]) -> None:
         " are not in its times",
         row["program"],
         row["uncounted_kernels"],
+      )
+    if row.get("near"):
+      logging.warning(
+        "%s: so near the limit that it may not fit; config.machine_code=True"
+        " compiles it to the end, which tells",
+        row["program"],
       )
   found = result["totals"]
   if "update_bound_s" in found:

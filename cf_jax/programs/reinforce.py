@@ -644,7 +644,8 @@ def train_policy(
         stop = experiment.guard.advance(step, experiment.workdir)
       if step == first + 1:
         compiles.mark_warm()
-        store.check_metric([*metrics, *collect.at_times, "dev_accuracy"])
+        judged_at = ["dev_accuracy"] if dev and config.eval_every else []
+        store.check_metric([*metrics, *collect.at_times, *judged_at])
       if dev and config.eval_every and step % config.eval_every == 0:
         with timer.outside(), compiles.warm_up("evaluate"):
           judged = dev.run(params)["keyframes"]

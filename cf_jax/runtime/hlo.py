@@ -442,10 +442,19 @@ def assigned(text: str) -> dict[str, int]:
   Args:
     text: "allocation 2: size 512, parameter 0, shape |bf16[6]| at ShapeIndex
       {}:" and the values in it; other memories than the main one have a colour.
+
+  Raises:
+    ValueError: there is no such line.
   """
   found = dict(arguments=0, results=0, temporary=0, code=0)
   line = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
-  for size, said in line.findall(text):
+  lines = line.findall(text)
+  if not lines:
+    raise ValueError(
+      "this buffer assignment names no allocation in a form known here; set"
+      " config.machine_code=True"
+    )
+  for size, said in lines:
     if said.startswith("color ") or "thread-local" in said:
       continue
     kind = "temporary"

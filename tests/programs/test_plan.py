@@ -193,3 +193,12 @@ def test_blocks_that_splash_looks_at(monkeypatch):
     for columns in blocks
   )
   assert plan.share_of_blocks(prompt, group, length) == looked_at / 49
+
+
+def test_programs_are_named_by_words_or_by_lines():
+  assert plan.named("update  decode") == ["update", "decode"]
+  assert plan.named("evaluate: decode; update") == [
+    "evaluate: decode",
+    "update",
+  ]
+  assert plan.named("") == []

@@ -207,6 +207,11 @@ def test_what_comes_in_pieces_is_read_once():
   assert cost.written == 1024  # the first lies on the chip
 
 
+def test_a_buffer_assignment_in_unknown_words_is_no_zero():
+  with pytest.raises(ValueError, match="machine_code=True"):
+    hlo.assigned("Buffers: 3 of 512 bytes")
+
+
 def test_memory_of_a_buffer_assignment():
   assert hlo.assigned(BUFFERS) == {
     "arguments": 1024 + 2048,
