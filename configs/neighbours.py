@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     shown = "answered" if variant == "cold" else variant
     config = tspo.get_config(f"{shown},smoke")
-  config.name = f"neighbours_{arm}"
+  config.name = "neighbours" + (f"_{arg}" if arg else "")
   # 256 held-out videos a task.
   config.data.synthetic.update(
     num_train=2048, num_dev=192, num_test=256 * len(config.data.synthetic.tasks)

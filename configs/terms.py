@@ -39,7 +39,11 @@ SEEDS = 3
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """One arm; the default is the method."""
-  arm = arg or "tad_kfgrpo"
+  if arg is None:
+    config = contrasts.get_config("tad_kfgrpo")
+    config.name = "terms"
+    return config
+  arm = arg
   if arm in contrasts.ARMS or arm == "cold_start":
     return contrasts.get_config(arm)
   if arm not in (*ARMS, *CITED, "cited_cold_start"):

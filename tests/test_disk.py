@@ -85,6 +85,7 @@ APPENDED = {
   ("cf_jax/programs/select_data.py", "open('ab')"),
   ("cf_jax/programs/evaluate.py", "open('ab')"),
   ("cf_jax/runtime/lifecycle.py", "open('a+')"),
+  ("launch/sweep.py", "open('a')"),  # its claims
   ("cf_jax/data/synthetic.py", "open('w')"),  # its lock
   ("cf_jax/data/frame_cache.py", "open('w')"),  # its lock
   ("cf_jax/data/synthetic_video.py", "VideoWriter"),

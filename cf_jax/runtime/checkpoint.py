@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from cf_jax.runtime import sharding
+from cf_jax.runtime import optim, sharding
 from cf_jax.types import TrainState
 
 # Of what is in a checkpoint, beside the arrays; raised with every change that
@@ -29,6 +29,9 @@ from cf_jax.types import TrainState
 FORMAT = 2
 # Beside the host state, in its file: that has no checksum as the arrays do.
 _FORMAT_KEY, _CHECKSUM_KEY = "format", "checksum"
+# Path -> type and bit sum of every array: what is compressed on disk may come
+# back from a flipped bit as other numbers.
+_ARRAYS_KEY = "arrays"
 
 
 class _Host(dict):
@@ -40,6 +43,7 @@ class _Host(dict):
     # The first format had no checksum, and did not always give its number.
     found = self.pop(_FORMAT_KEY, None if _CHECKSUM_KEY in self else 1)
     checksum = self.pop(_CHECKSUM_KEY, None)
+    self.pop(_ARRAYS_KEY, None)
     if found == FORMAT and checksum != _checksum(self):
       raise ValueError(
         f"the host state of {source} is damaged; move its folder away to go on"
@@ -64,6 +68,16 @@ def _checksum(host: Mapping[str, Any]) -> str:
   """16 hex digits of what JSON keeps of it."""
   text = json.dumps(json.loads(json.dumps(host)), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sums(state: Any) -> dict[str, str]:
+  """Path -> "float32 123": type and bit sum of every array."""
+  types = {
+    sharding.path_of(key_path): leaf.dtype.name
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+  sums = optim.bit_sums(state)
+  return {path: f"{types[path]} {value}" for path, value in sums.items()}
 
 
 class Checkpoints:
@@ -189,7 +203,12 @@ class Checkpoints:
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
           host=ocp.args.JsonSave(
-            {_FORMAT_KEY: FORMAT, _CHECKSUM_KEY: _checksum(host)} | host
+            {
+              _FORMAT_KEY: FORMAT,
+              _CHECKSUM_KEY: _checksum(host),
+              _ARRAYS_KEY: _sums(state),
+            }
+            | host
           ),
         ),
       )
@@ -255,6 +274,7 @@ class Checkpoints:
           host=ocp.args.JsonRestore(),
         ),
       )
+    self._check_arrays(step, restored, restored["state"])
     return restored["state"], self._host(step, restored)
 
   def restore_params(
@@ -307,7 +327,29 @@ class Checkpoints:
         )
 
     jax.tree_util.tree_map_with_path(check, template, params)
+    read = {"params": params}
+    self._check_arrays(step, restored, {within: read} if within else read)
     return params, self._host(step, restored)
+
+  def _check_arrays(self, step: int, restored: Any, state: Any) -> None:
+    """Raises a ValueError where an array has other bits than were saved.
+
+    Arrays that are read as another type are not compared; nor are those of a
+    checkpoint from before there were sums.
+    """
+    said = restored["host"]
+    saved = said.get(_ARRAYS_KEY) if isinstance(said, Mapping) else None
+    if not isinstance(saved, Mapping):
+      return
+    for path, found in _sums(state).items():
+      wanted = str(saved.get(path, found))
+      same_type = wanted.partition(" ")[0] == found.partition(" ")[0]
+      if same_type and wanted != found:
+        raise ValueError(
+          f"checkpoint {step} in {self.directory} is damaged: {path} has other"
+          " numbers than were saved; move its folder away to go on from an"
+          " earlier one, or give another --workdir to start anew"
+        )
 
   def _host(self, step: int, restored: Any) -> _Host:
     said = restored["host"]

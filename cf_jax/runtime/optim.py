@@ -85,15 +85,8 @@ def join(base: dict, over: dict) -> dict:
   return traverse_util.unflatten_dict(flat(base) | flat(over))
 
 
-def fingerprint(params: dict) -> str:
-  """16 hex digits of every bit of every parameter; "" for an empty tree.
-
-  Each leaf is reduced on its devices to one number that depends on the bits
-  and their places, and to the same one however it is sharded.
-  """
-  if not params:
-    return ""
-
+@jax.jit
+def _bit_sums(tree):
   def reduce(leaf):
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
     place = jnp.zeros(leaf.shape, jnp.uint32)
@@ -104,12 +97,29 @@ def fingerprint(params: dict) -> str:
     mixed = (bits.astype(jnp.uint32) + 1) * (2 * place + 1)  # odd: invertible
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
-  sums = jax.device_get(
-    jax.jit(lambda tree: jax.tree.map(reduce, tree))(params)
-  )
+  return jax.tree.map(reduce, tree)
+
+
+def bit_sums(tree: Any) -> dict[str, int]:
+  """Path -> a number of every bit of an array, by its bits and their places.
+
+  Each array is reduced on its devices, and to the same number however it is
+  sharded. It tells damage and other numbers; it is no cryptographic hash.
+  """
+  sums = jax.device_get(_bit_sums(tree))
+  return {
+    sharding.path_of(key_path): int(value)
+    for key_path, value in jax.tree_util.tree_leaves_with_path(sums)
+  }
+
+
+def fingerprint(params: dict) -> str:
+  """16 hex digits of the `bit_sums` of every parameter; "" for none."""
+  if not params:
+    return ""
   digest = hashlib.sha256()
-  for key_path, value in jax.tree_util.tree_leaves_with_path(sums):
-    digest.update(f"{sharding.path_of(key_path)} {int(value)};".encode())
+  for path, value in bit_sums(params).items():
+    digest.update(f"{path} {value};".encode())
   return digest.hexdigest()[:16]
 
 

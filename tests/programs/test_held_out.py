@@ -83,7 +83,7 @@ def test_a_batch_divides_over_the_devices(experiment):
   """Six samples on eight devices are filled up to eight rows."""
 
   class Mesh:
-    shape = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    shape = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
     devices = np.asarray(jax.devices()[:1], object)
 
   wide = dataclasses.replace(experiment, mesh=Mesh())
