@@ -138,3 +138,22 @@ def test_other_shapes_are_an_error(store):
   with pytest.raises(ValueError, match="does not fit.*--workdir"):
     store.restore(_state(width=5))
   gc.collect()  # tensorstore's futures of the failed restore complain
+
+
+def test_other_bits_than_were_saved_are_refused(tmp_path, monkeypatch):
+  """What a flipped bit in a compressed chunk may come back as."""
+  state, sums = _state(), checkpoint._sums
+  kernel = state.params["decoder"]["kernel"]
+  other = state.replace(
+    params=state.params | {"decoder": {"kernel": kernel.at[1, 2].add(0.5)}}
+  )
+  path = "params/decoder/kernel"
+  assert {k for k, v in sums(state).items() if v != sums(other)[k]} == {path}
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(2, state, HOST)
+  monkeypatch.setattr(
+    checkpoint, "_sums", lambda tree: sums(tree) | {path: sums(other)[path]}
+  )
+  with checkpoint.Checkpoints(tmp_path, keep=1, read_only=True) as store:
+    with pytest.raises(ValueError, match=f"{path} has other numbers"):
+      store.restore(jax.tree.map(jnp.zeros_like, state))
