@@ -154,6 +154,9 @@ def test_other_bits_than_were_saved_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(
     checkpoint, "_sums", lambda tree: sums(tree) | {path: sums(other)[path]}
   )
-  with checkpoint.Checkpoints(tmp_path, keep=1, read_only=True) as store:
-    with pytest.raises(ValueError, match=f"{path} has other numbers"):
-      store.restore(jax.tree.map(jnp.zeros_like, state))
+  template = jax.tree.map(jnp.zeros_like, state)
+  with (
+    checkpoint.Checkpoints(tmp_path, keep=1, read_only=True) as store,
+    pytest.raises(ValueError, match=f"{path} has other numbers"),
+  ):
+    store.restore(template)
