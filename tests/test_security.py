@@ -336,7 +336,7 @@ def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
       "--config.hub.token",
       "abc",
       "--config.name=planted-in-the-environment",
-      "--config.judge.url=https://me:word@host/v1",
+      "--config.judge.url=https://me:word@host/v1",  # pragma: allowlist secret
       "--config.note=sk-0123456789abcdef",  # pragma: allowlist secret
     ]
   )
