@@ -29,7 +29,7 @@ def test_a_door_takes_or_refuses(name):
   if name in ("manifest", "hf_config", "checkpoint"):  # not all of it is read
     assert count["refused"] < count["tried"]
   if name in ("manifest", "annotations"):  # most of a door lies behind it
-    assert count["refused"] < 0.8 * count["tried"]
+    assert count["refused"] < 0.9 * count["tried"]
 
 
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e400"])
