@@ -198,15 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       lacks = {
         name for name in needs(point, names) if not is_finished(out / name)
       }
-      if lacks & set(failed):
+      if broken := lacks & set(failed):
         failed.append(point.name)
         print(
-          f"{point.name} starts from {min(lacks)}, which failed", flush=True
+          f"{point.name} starts from {min(broken)}, which failed", flush=True
         )
         break
-      if lacks - {other.name for other in mine}:
+      if foreign := lacks - {other.name for other in mine}:
         # Not this command's to run: another one may be at it.
-        start = next(p for p in points if p.name == min(lacks))
+        start = next(p for p in points if p.name == min(foreign))
         with claimed(start, out) as is_free:
           if is_free and not is_finished(out / start.name):
             failed.append(point.name)
