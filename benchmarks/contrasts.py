@@ -95,6 +95,16 @@ def cells(
   return made
 
 
+def mean_sd(values: Sequence[float], digits: int = 1) -> str:
+  """The mean, and where there are several their spread (ddof 1); "" of none."""
+  if not values:
+    return ""
+  text = f"{np.mean(values):.{digits}f}"
+  if len(values) > 1:
+    text += f" (sd {np.std(values, ddof=1):.{digits}f})"
+  return text
+
+
 def describe(found: Mapping[str, Mapping[str, float]]) -> str:
   """Markdown of `cells`, %: mean, and how far seeds lie apart (ddof 1)."""
   lines = [
@@ -105,10 +115,7 @@ def describe(found: Mapping[str, Mapping[str, float]]) -> str:
     shown = []
     for method in METHODS:
       each = [100 * v for v in found.get(f"{frames} {method}", {}).values()]
-      spread = f" (sd {np.std(each, ddof=1):.1f})" if len(each) > 1 else ""
-      shown.append(
-        f"{np.mean(each):.1f}{spread}, n={len(each)}" if each else ""
-      )
+      shown.append(f"{mean_sd(each)}, n={len(each)}" if each else "")
     lines.append(f"| {frames} | " + " | ".join(shown) + " |")
   return "\n".join(lines) + "\n"
 

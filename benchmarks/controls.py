@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+from benchmarks import contrasts
 
 SELECTORS = (
   "tad",
@@ -78,11 +78,9 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   lines = ["| frames | " + " | ".join(TASKS) + " |"]
   lines.append("|---|" + "---|" * len(TASKS))
   for select, seeds in found.items():
-    cells = []
-    for task in TASKS:
-      each = [100 * seed[task] for seed in seeds]
-      spread = f" (sd {np.std(each, ddof=1):.1f})" if len(each) > 1 else ""
-      cells.append(f"{np.mean(each):.1f}{spread}")
+    cells = [
+      contrasts.mean_sd([100 * seed[task] for seed in seeds]) for task in TASKS
+    ]
     lines.append(f"| {select} | " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
 

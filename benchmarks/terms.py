@@ -64,11 +64,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     shown = []
     for name in names:
       each = [seed[name] for seed in seeds if name in seed]
-      digits = 1 if name in HELD_OUT else 2
-      text = f"{np.mean(each):.{digits}f}" if each else ""
-      if len(each) > 1:
-        text += f" (sd {np.std(each, ddof=1):.{digits}f})"
-      shown.append(text)
+      shown.append(contrasts.mean_sd(each, 1 if name in HELD_OUT else 2))
     lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(shown) + " |")
   return "\n".join(lines) + "\n"
 

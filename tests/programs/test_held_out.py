@@ -9,6 +9,7 @@ import pytest
 from cf_jax.data import answers, records
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import held_out
+from cf_jax.runtime import sharding
 from tests.conftest import init_params, load_config, shrink
 
 ARMS = ("keyframes", "blind")
@@ -82,11 +83,10 @@ def test_frames_that_no_arm_shows_are_not_encoded(experiment, arms, count):
 def test_a_batch_divides_over_the_devices(experiment):
   """Six samples on eight devices are filled up to eight rows."""
 
-  class Mesh:
-    shape = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
-    devices = np.asarray(jax.devices()[:1], object)
-
-  wide = dataclasses.replace(experiment, mesh=Mesh())
+  one = np.full((4, 2, 1, 1), jax.devices()[0], object)
+  wide = dataclasses.replace(
+    experiment, mesh=jax.sharding.Mesh(one, sharding.AXES)
+  )
   samples = experiment.samples["dev"][:6]
   for batch_size, expected in ((64, 8), (3, 8), (8, 8)):
     assert _evaluator(wide, samples, batch_size)._batch_size == expected

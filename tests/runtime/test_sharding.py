@@ -390,6 +390,15 @@ _WHOLE = {
 }
 
 
+def _adapters(shapes, modules):
+  """Shapes of adapters of these modules, at every size alike."""
+  return jax.eval_shape(
+    lambda: lora.init(
+      shapes, jax.random.key(0), rank=16, alpha=32.0, modules=(modules,)
+    )
+  )
+
+
 @pytest.mark.parametrize(
   "size", [name for name in model_config.SIZES if name != "tiny"]
 )
@@ -397,15 +406,7 @@ def test_pods_divide_every_parameter(size):
   """With adapters, fsdp 8 to 256, tensor 1 to 8: all, or by the rule."""
   model = model_config.SIZES[size]()
   shapes = _shapes(size)
-  adapters = jax.eval_shape(
-    lambda: lora.init(
-      shapes,
-      jax.random.key(0),
-      rank=16,
-      alpha=32.0,
-      modules=(r"^(decoder|vision)/layers/",),
-    )
-  )
+  adapters = _adapters(shapes, r"^(decoder|vision)/layers/")
   whole = optim.join(shapes, adapters)
   for fsdp in (8, 16, 64, 256):
     for tensor in (1, 2, 4, 8):
@@ -428,15 +429,7 @@ def test_the_copy_to_decode_with_lies_over_the_key_heads(size):
   for a token but over `tensor`."""
   model = model_config.SIZES[size]()
   shapes = _shapes(size)
-  adapters = jax.eval_shape(
-    lambda: lora.init(
-      shapes,
-      jax.random.key(0),
-      rank=16,
-      alpha=32.0,
-      modules=(r"^decoder/layers/",),
-    )
-  )
+  adapters = _adapters(shapes, r"^decoder/layers/")
   heads = model.num_key_value_heads
   mesh = _mesh(fsdp=64 // heads, tensor=heads)
   apart = jax.eval_shape(
