@@ -11,8 +11,9 @@ The first three train a very small run (tests/runtime/small_run.py: cold start,
 KF-GRPO, evaluation). `run` does it alone and in N processes, and goes on from
 the middle of each with the other number of processes (not so with
 `--straight`); what follows the run's
-command as `rl.steps=6` changes a setting of all. `damaged` has videos that
-cannot be read, more of them in some processes' shares than in others'. `mesh`
+command as `rl.steps=6` changes a setting of all. `damaged` has `--bad`
+videos that cannot be read, and asks that some processes meet more of them than
+others. `mesh`
 does it on one device and on eight of one process. They print the largest
 difference of every metric and how far the trained parameters are from one
 process's, measured by how far training moved them; exit code 1 where a metric
@@ -232,8 +233,10 @@ def mesh(folder: pathlib.Path, changed: list[str]) -> None:
     sys.exit("they are not one")
 
 
-def damaged(count: int, folder: pathlib.Path, changed: list[str]) -> None:
-  """N processes whose shares have different numbers of unreadable videos."""
+def damaged(
+  count: int, folder: pathlib.Path, changed: list[str], *, bad: int
+) -> None:
+  """N processes that meet different numbers of unreadable videos."""
   from cf_jax.data import records, synthetic
   from tests import conftest
 
@@ -243,16 +246,16 @@ def damaged(count: int, folder: pathlib.Path, changed: list[str]) -> None:
   root = synthetic.ensure(
     config.data.cache_dir, seed=config.data.seed, **config.data.synthetic
   )
-  made = folder / "damaged_set"
+  made = folder / f"damaged_set_{bad}"
   for split in ("train", "dev", "test"):
     samples = []
     for number, sample in enumerate(synthetic.load(root, split)):
       path = made / split / pathlib.Path(sample.video).name
       path.parent.mkdir(parents=True, exist_ok=True)
       content = pathlib.Path(sample.video).read_bytes()
-      # The first five of training are cut off; their order is shuffled.
-      bad = split == "train" and number < 5
-      path.write_bytes(content[:200] if bad else content)
+      # The first of training are cut off; their order is shuffled.
+      cut = split == "train" and number < bad
+      path.write_bytes(content[:200] if cut else content)
       samples.append(sample._replace(video=str(path)))
     (made / f"{split}.jsonl").write_text(records.to_jsonl(samples), "utf-8")
   changed = [
@@ -260,10 +263,12 @@ def damaged(count: int, folder: pathlib.Path, changed: list[str]) -> None:
     f"data.source='jsonl:{made}'",
     "data.max_skip_fraction=0.5",
   ]
-  workdir = train(folder, f"damaged_of_{count}", count, changed)
+  workdir = train(folder, f"damaged_{bad}_of_{count}", count, changed)
+  met = []
   for number in range(count):
     file = workdir / (f"skipped_{number}.json" if number else "skipped.json")
     lost = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    met.append(len(lost))
     print(f"process {number} could not read {len(lost)} videos")
   last = _rows(workdir)[-1]
   print(
@@ -271,6 +276,8 @@ def damaged(count: int, folder: pathlib.Path, changed: list[str]) -> None:
     f" {last['data/skipped_total']}, gradient norm {last['grad_norm']:.3g};"
     " parameters equal on all at every checkpoint"
   )
+  if len(set(met)) == 1:
+    sys.exit(f"all met {met[0]}: that shows little; take another --bad")
 
 
 def _errors(log: pathlib.Path) -> list[str]:
@@ -448,6 +455,7 @@ def main() -> None:
   parser.add_argument("--folder", default="runs/processes")
   parser.add_argument("--victim", type=int, default=-1)
   parser.add_argument("--mib", type=int, default=1024)
+  parser.add_argument("--bad", type=int, default=1)
   parser.add_argument("--straight", action="store_true")
   parser.add_argument("changed", nargs="*")
   asked = parser.parse_intermixed_args()
@@ -461,7 +469,7 @@ def main() -> None:
   if asked.what == "run":
     run(asked.count, folder, asked.changed, straight=asked.straight)
   elif asked.what == "damaged":
-    damaged(asked.count, folder, asked.changed)
+    damaged(asked.count, folder, asked.changed, bad=asked.bad)
   elif asked.what == "mesh":
     mesh(folder, asked.changed)
   elif asked.what == "pod":

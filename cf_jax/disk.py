@@ -2,15 +2,19 @@
 
 A file is written beside its name, forced to disk, and renamed; then the folder
 is forced to disk too. Whoever is killed, or whose machine loses power, leaves
-the old file or the new one, and at most a `.NAME.*.tmp` that nothing reads.
+the old file or the new one, and at most a `.NAME.*.tmp` that nothing reads and
+that `sweep` takes away.
 """
 
 import contextlib
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Callable
 from typing import BinaryIO
+
+_PARTIAL = re.compile(r"\..+\.\d+\.\d+\.tmp")  # as `write` names it
 
 
 def write(
@@ -53,6 +57,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes a whole UTF-8 text file or leaves the old one."""
   # A completion may hold half a surrogate pair, which UTF-8 cannot.
   write(path, text.encode("utf-8", errors="replace"))
+
+
+def sweep(folder: str | os.PathLike) -> None:
+  """Takes away what writers left in a folder when they were killed.
+
+  Args:
+    folder: nobody else may be writing into it, or into a folder of it.
+  """
+  for path in pathlib.Path(folder).rglob(".*.tmp"):
+    if _PARTIAL.fullmatch(path.name):
+      path.unlink(missing_ok=True)
 
 
 def replace(partial: str | os.PathLike, path: str | os.PathLike) -> None:

@@ -407,11 +407,6 @@ def check_mesh(
       f"config.prompt.max_tokens={slots} does not divide over"
       f" config.mesh.context={parts}; set it to {slots + -slots % parts}"
     )
-  if processes.count() > 1 and "selector" in config and config.selector.learn:
-    raise ValueError(
-      f"config.selector.learn=True serves one process, got"
-      f" {processes.count()}; set it to False, or config.distributed"
-    )
 
 
 def check_batches(

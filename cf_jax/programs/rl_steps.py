@@ -8,6 +8,7 @@ Axes: `B` videos, `G` completions per video, `M` draws of a view, `K` keyframe
 slots, `C` completion slots.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,8 +38,9 @@ def make_score_step(experiment: experiment_lib.Experiment):
   [B, M, G, C]: M of the shuffled arm (`shuffled`, `shuffled_1`, ...), else 1.
   """
   banned = jnp.asarray(experiment.banned)
+  by_row = sharding.batch_sharding(experiment.mesh)  # as the update wants it
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=by_row)
   def score_step(params, view: dict[str, View], encoded, rollout):
     draws = {}
     with jax.named_scope("score"):
@@ -61,8 +63,9 @@ def make_reference_step(experiment: experiment_lib.Experiment):
   """
   model, grid = experiment.model, experiment.grid
   banned = jnp.asarray(experiment.banned)
+  by_row = sharding.batch_sharding(experiment.mesh)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=by_row)
   def reference_step(params, view: View, pixel, encoded, rollout):
     with jax.named_scope("reference"):
       if encoded is None:
@@ -87,6 +90,7 @@ def make_deletion_step(experiment: experiment_lib.Experiment):
   """
   model, banned = experiment.model, jnp.asarray(experiment.banned)
   kind = experiment.config.contrast.saliency
+  by_row = sharding.batch_sharding(experiment.mesh)
 
   def answer_logprob(params, view, encoded, rollout, span):
     logprob = policy.completion_logprobs(
@@ -94,7 +98,7 @@ def make_deletion_step(experiment: experiment_lib.Experiment):
     )[0]
     return rewards.answer_logprob(logprob, span)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=by_row)
   def deletion_step(
     params, view, encoded, rollout, span, cited, saliency, mask
   ):

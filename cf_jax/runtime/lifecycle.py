@@ -252,6 +252,8 @@ class Guard:
     with contextlib.ExitStack() as stack:
       if self._workdir is not None and _is_first():
         stack.enter_context(locked(self._workdir))
+        if not jax.distributed.is_initialized():  # the others may be writing
+          disk.sweep(self._workdir)
       if threading.current_thread() is threading.main_thread():
         stack.enter_context(self._signals())
       self._ended = threading.Event()

@@ -210,6 +210,18 @@ def test_a_dead_run_keeps_nobody_out(tmp_path, caplog):
   assert "was cut off" in caplog.text
 
 
+def test_what_a_killed_writer_left_is_taken_away(tmp_path):
+  folder = tmp_path / "film_strips"
+  folder.mkdir()
+  left = (tmp_path / ".heartbeat.json.12.13.tmp", folder / ".a.png.1.2.tmp")
+  ours = (tmp_path / "notes.tmp", tmp_path / ".notes.tmp")
+  for path in (*left, *ours):
+    path.touch()
+  with lifecycle.Guard(tmp_path):
+    assert not any(path.exists() for path in left)
+  assert all(path.exists() for path in ours)
+
+
 def test_a_lock_with_any_text_is_a_lock(tmp_path):
   (tmp_path / lifecycle.LOCK_FILE).write_bytes(b'{"process": []')
   with _guard(tmp_path):
