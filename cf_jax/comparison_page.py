@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.axes
 import numpy as np
 
-from cf_jax import report
+from cf_jax import pages
 
 _COLORS = ("#1f5fa8", "#c8553d", "#3f8f6b", "#8a5fa8", "#e8a33d")
 _MANY_GROUPS = 24  # bars of a panel; the table has all
@@ -55,24 +55,24 @@ def write(
     for kind, heading, content in sections
     if content
   )
-  head = f"<h1>{report.escape(title)}</h1>" + "".join(
-    f"<p class='quiet'>{report.escape(word)}</p>" for word in words
+  head = f"<h1>{pages.escape(title)}</h1>" + "".join(
+    f"<p class='quiet'>{pages.escape(word)}</p>" for word in words
   )
-  return report.write_page(path, title, head, body)
+  return pages.write_page(path, title, head, body)
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]]) -> str:
   cells = [
     [
-      f"<b>{report.escape(row['name'])}</b> {report.escape(row['key'])}",
-      report.escape(row["policy"]),
-      f"<code>{report.escape(row['weights'])}</code>",
-      report.escape(row["unreadable"]),
+      f"<b>{pages.escape(row['name'])}</b> {pages.escape(row['key'])}",
+      pages.escape(row["policy"]),
+      f"<code>{pages.escape(row['weights'])}</code>",
+      pages.escape(row["unreadable"]),
     ]
     for row in rows
   ]
   head = ("evaluation", "policy", "weights", "videos not read")
-  return report.html_table(head, cells)
+  return pages.html_table(head, cells)
 
 
 def _points(value: float | None) -> str:
@@ -91,7 +91,7 @@ def _differences(rows: Sequence[Mapping[str, Any]], names) -> str:
     if mine:
       mine = mine[:_MANY_GROUPS]
       panels.append(
-        report.svg_panel(
+        pages.svg_panel(
           f"Differences of {name} and {names[0]} with their intervals",
           lambda axes, mine=mine, name=name: _draw(axes, mine, name, names[0]),
           height=0.9 + 0.24 * len(mine),
@@ -109,13 +109,13 @@ def _differences(rows: Sequence[Mapping[str, Any]], names) -> str:
       kind = ' class="ok"' if row["mean"] > 0 else ' class="bad"'
     cells.append(
       [
-        report.escape(row["group"]),
-        report.escape(f"{row['first_name']} → {row['second_name']}"),
-        report.escape(row["metric"]),
-        f"{report.percent(row['first'])} → {report.percent(row['second'])}",
+        pages.escape(row["group"]),
+        pages.escape(f"{row['first_name']} → {row['second_name']}"),
+        pages.escape(row["metric"]),
+        f"{pages.percent(row['first'])} → {pages.percent(row['second'])}",
         f"<span{kind}>{_points(row['mean'])}</span>",
         interval,
-        f'<span title="{report.escape(row["test"])}">{p}</span>',
+        f'<span title="{pages.escape(row["test"])}">{p}</span>',
         adjusted,
         f"{row['gained']} / {row['lost']}",
         f"{row['count']} / {row['units']}",
@@ -136,7 +136,7 @@ def _differences(rows: Sequence[Mapping[str, Any]], names) -> str:
   narrow = " narrow" if len(panels) == 1 else ""
   return (
     f'<div class="grid{narrow}">{"".join(panels)}</div>'
-    f"{report.html_table(head, cells)}"
+    f"{pages.html_table(head, cells)}"
   )
 
 
@@ -166,13 +166,13 @@ def _draw(axes: matplotlib.axes.Axes, rows, second, first) -> None:
 def _figures(rows: Sequence[Mapping[str, Any]], names) -> str:
   cells = [
     [
-      report.escape(row["metric"]),
-      report.escape(row["group"]),
-      *(report.percent(row["value"].get(name), 2) for name in names),
+      pages.escape(row["metric"]),
+      pages.escape(row["group"]),
+      *(pages.percent(row["value"].get(name), 2) for name in names),
     ]
     for row in rows
   ]
-  return report.html_table(["metric", "of", *map(report.escape, names)], cells)
+  return pages.html_table(["metric", "of", *map(pages.escape, names)], cells)
 
 
 def _settings(rows: Sequence[Mapping[str, Any]], names) -> str:
@@ -180,12 +180,12 @@ def _settings(rows: Sequence[Mapping[str, Any]], names) -> str:
     return "<p>None: they differ in nothing that is written down.</p>"
   cells = [
     [
-      f"<code>{report.escape(row['setting'])}</code>",
-      *(f"<code>{report.escape(row['value'][name])}</code>" for name in names),
+      f"<code>{pages.escape(row['setting'])}</code>",
+      *(f"<code>{pages.escape(row['value'][name])}</code>" for name in names),
     ]
     for row in rows
   ]
-  return report.html_table(["setting", *map(report.escape, names)], cells)
+  return pages.html_table(["setting", *map(pages.escape, names)], cells)
 
 
 def _changed(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -195,7 +195,7 @@ def _changed(rows: Sequence[Mapping[str, Any]]) -> str:
   for row in rows:
     if row["heading"] != heading:
       heading = row["heading"]
-      made.append(f"<h3>{report.escape(heading)}</h3>")
+      made.append(f"<h3>{pages.escape(heading)}</h3>")
     made.append(_one_question(row))
   return "".join(made)
 
@@ -205,10 +205,10 @@ def _one_question(row: Mapping[str, Any]) -> str:
   said = "".join(_one_answer(answer) for answer in row["answers"])
   return (
     "<article><p class='quiet'>"
-    f"{report.escape(row['id'])}, {report.escape(row['task'])},"
-    f" {report.escape(row['video'])}</p>"
-    f"<pre class='prompt'>{report.escape(row['question'] + options)}</pre>"
-    f"<p class='quiet'>truth: {report.escape(row['truth'])}</p>"
+    f"{pages.escape(row['id'])}, {pages.escape(row['task'])},"
+    f" {pages.escape(row['video'])}</p>"
+    f"<pre class='prompt'>{pages.escape(row['question'] + options)}</pre>"
+    f"<p class='quiet'>truth: {pages.escape(row['truth'])}</p>"
     f"{said}</article>"
   )
 
@@ -226,10 +226,10 @@ def _one_answer(answer: Mapping[str, Any]) -> str:
   )
   note = answer["note"]
   return (
-    f"<p class='parts'><b class='{kind}'>{report.escape(answer['name'])}</b>"
-    f" <span>read <b>{report.escape(answer['read'])}</b></span>"
+    f"<p class='parts'><b class='{kind}'>{pages.escape(answer['name'])}</b>"
+    f" <span>read <b>{pages.escape(answer['read'])}</b></span>"
     f" <span>score <b>{value}</b></span></p>"
-    f"<pre>{report.escape(answer['response'])}</pre>"
-    + (f"<p class='quiet'>{report.escape(note)}</p>" if note else "")
+    f"<pre>{pages.escape(answer['response'])}</pre>"
+    + (f"<p class='quiet'>{pages.escape(note)}</p>" if note else "")
     + (f'<div class="film">{frames}</div>' if frames else "")
   )

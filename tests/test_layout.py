@@ -33,7 +33,18 @@ FLOORS = (
     "evals.",
   ),
   ("models.", "runtime.sharding"),  # parameters and where they lie
-  ("policy", "sampling", "views", "runtime.", "report", "comparison_page"),
+  (
+    "policy",
+    "sampling",
+    "views",
+    "runtime.",
+    "figures",
+    "pages",
+    "report",
+    "keyframe_page",
+    "comparison_page",
+    "amplify_page",
+  ),
   ("programs.",),
   ("main",),
 )

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from cf_jax import report
+from cf_jax import figures, report
 from cf_jax.runtime import telemetry
 from tests.conftest import load_config
 
@@ -53,7 +53,7 @@ def strip(path, *, count=4, shown=4, size=(8, 12), **settings):
     "time_s": time_s,
     "apex": np.arange(16) == 6,
   }
-  return report.film_strip(path, **(defaults | settings))
+  return figures.film_strip(path, **(defaults | settings))
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_film_strip_draws_odd_videos(tmp_path, settings):
 def test_keyframe_strip_has_a_row_for_every_eight(tmp_path):
   def draw(count, **settings):
     time_s = np.arange(16) / 4
-    path = report.keyframe_strip(
+    path = figures.keyframe_strip(
       tmp_path / f"{count}.png",
       frames=np.zeros((count, 8, 12, 3), np.uint8),
       frame_s=np.linspace(0.2, 3.0, count),
@@ -367,7 +367,7 @@ def test_keyframe_strip_has_a_row_for_every_eight(tmp_path):
   black = [(page[..., :3].max(-1) == 0).sum() for page in (eight, more)]
   assert black[1] / black[0] == pytest.approx(17 / 8, rel=0.1)
   with pytest.raises(ValueError, match="frames 2, frame_s 3"):
-    report.keyframe_strip(
+    figures.keyframe_strip(
       tmp_path / "a.png",
       frames=np.zeros((2, 8, 12, 3), np.uint8),
       frame_s=[0, 1, 2],

@@ -35,7 +35,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from cf_jax import disk, report, tad, views
+from cf_jax import amplify_page, disk, report, tad, views
 from cf_jax.data import answers, chance, pipeline, records, targets
 from cf_jax.evals import accuracy
 from cf_jax.programs import experiment as experiment_lib
@@ -873,7 +873,7 @@ def _run(
     "evaluations": rows,
   }
   telemetry.write_json(workdir / report.RESULTS_FILE, results)
-  path = report.amplify_page(workdir / report.REPORT_FILE, config.name, rows)
+  path = amplify_page.write(workdir / report.REPORT_FILE, config.name, rows)
   telemetry.closing_table(
     "on held-out videos",
     [

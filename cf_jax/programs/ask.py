@@ -30,7 +30,7 @@ import numpy as np
 import rich.console
 from jax.sharding import PartitionSpec as P
 
-from cf_jax import descriptor, report, sampling, selectors, tad
+from cf_jax import descriptor, figures, sampling, selectors, tad
 from cf_jax import policy as policy_lib
 from cf_jax.data import drawing, frame_size, images, patches, prompts, video
 from cf_jax.models import config as model_config
@@ -667,7 +667,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
   )
   if not console.quiet:
     telemetry.write_json(workdir / ANSWER_FILE, told)
-    report.keyframe_strip(
+    figures.keyframe_strip(
       workdir / PICTURE_FILE,
       frames=seen.frames,
       frame_s=seen.time_s,

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from cf_jax import comparison_page, disk, report
+from cf_jax import comparison_page, disk, pages
 from cf_jax.data import footage, video
 from cf_jax.evals import differences, paired
 from cf_jax.programs import eval_settings, evaluate, score
@@ -359,7 +359,7 @@ class FilmStrips:
       limits=self._limits,
     )
     return {
-      number: report.data_uri(_jpeg(frame), "image/jpeg")
+      number: pages.data_uri(_jpeg(frame), "image/jpeg")
       for number, frame in zip(wanted, frames)
     }
 

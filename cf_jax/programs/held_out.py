@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cf_jax import disk, report
+from cf_jax import disk, figures, report
 from cf_jax.data import answers, pipeline, records, shortcuts
 from cf_jax.evals import accuracy, keyframes
 from cf_jax.programs import experiment as experiment_lib
@@ -231,7 +231,7 @@ class Evaluator:
       uniform = prepared.frame_mask[n, num_keyframes:]
       seconds = prepared.frame_time_s[n]
       shown = prepared.frames[n]
-      report.film_strip(
+      figures.film_strip(
         workdir / report.STRIPS_FOLDER / f"{place:02d}_{sample.task}.png",
         uniform_frames=shown[num_keyframes : 2 * num_keyframes][uniform],
         uniform_s=seconds[num_keyframes:][uniform],

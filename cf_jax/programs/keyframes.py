@@ -323,11 +323,11 @@ def look(
     source.path, folder, names, at, stream, max(parts, num_threads)
   )
 
-  from cf_jax import report  # see _prepare
+  from cf_jax import figures  # see _prepare
 
   keep = _envelope(score, chosen.apex)
   with _DRAWING:
-    report.keyframe_strip(
+    figures.keyframe_strip(
       folder / STRIP_FILE,
       frames=small,
       frame_s=stamp_s[at],
@@ -448,7 +448,7 @@ def _prepare(
   config: ml_collections.ConfigDict, embedder: Embedder, counts: list[int]
 ) -> None:
   """Compiles the programs for videos of so many frames."""
-  from cf_jax import report  # noqa: F401  draws; a quarter of the start, too
+  from cf_jax import figures  # noqa: F401  draws; a quarter of the start, too
 
   blank = np.zeros((embedder.chunk, *embedder.size_px, 3), np.uint8)
   made = embedder.embed(blank)
@@ -648,9 +648,9 @@ def _run(
   ]
   about["this_start"] = dict(num_frames=decoded, seconds=took_s)
   telemetry.write_json(workdir / LIST_FILE, about)
-  from cf_jax import report  # see _prepare
+  from cf_jax import keyframe_page  # see _prepare
 
-  report.keyframe_page(
+  keyframe_page.write(
     workdir / PAGE_FILE,
     title=pathlib.Path(root).name,
     records=records,

@@ -33,7 +33,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from cf_jax import disk, report, sampling, views
+from cf_jax import disk, figures, sampling, views
 from cf_jax.data import answers, pipeline, records
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import held_out, policies, sft, train, verdicts
@@ -453,7 +453,7 @@ def _draw(path, rows, samples, reasons, limits) -> None:
   panels = []
   if chosen:
     panels.append(
-      report.Histogram(
+      figures.Histogram(
         "Questions",
         "mean score of a sample's answers",
         (np.arange(num_answers + 2) - 0.5) / num_answers,
@@ -463,7 +463,7 @@ def _draw(path, rows, samples, reasons, limits) -> None:
     )
   if graded:
     panels.append(
-      report.Histogram(
+      figures.Histogram(
         "Grounding, tracking, captions",
         "standard deviation of a sample's scores",
         np.linspace(0, 0.5, 21),
@@ -471,4 +471,4 @@ def _draw(path, rows, samples, reasons, limits) -> None:
         limits["min_spread"],
       )
     )
-  report.histograms(path, panels, count_label="samples")
+  figures.histograms(path, panels, count_label="samples")
