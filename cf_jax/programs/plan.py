@@ -1002,6 +1002,7 @@ def _plan(config, workdir, *, to_the_end):
       # Keys and values are split over the batch, and nothing else.
       "cache": vlm.cache_bytes(experiment.model, slots) // parts,
     },
+    "not_counted": not_counted(where, chips.device_bytes(params)),
     "programs": [],
   }
   known = _known(workdir / RESULT_FILE, result["settings"])
@@ -1079,7 +1080,8 @@ def totals(result: dict[str, Any], where: chips.Slice) -> dict[str, Any]:
     "peak_bytes": worst["peak_bytes"],
     "peak_in": worst["program"],
   }
-  if where.chip and all("time" in row for row in rows):
+  times = [row.get("time", {}).get("bound_s") for row in rows]
+  if where.chip and None not in times:
     for name in ("bound_s", "serial_s"):
       made[f"update_{name}"] = sum(
         row["calls_per_update"] * row["time"][name] for row in rows
@@ -1088,6 +1090,27 @@ def totals(result: dict[str, Any], where: chips.Slice) -> dict[str, Any]:
       where.num_chips * made["update_serial_s"] * 1000 / 3600
     )
   return made
+
+
+def not_counted(where: chips.Slice, parameter_bytes: int) -> list[str]:
+  """What a plan's times leave out on these slices, a sentence each.
+
+  Args:
+    where: it is compiled for.
+    parameter_bytes: of a device; a gradient has as many.
+  """
+  found = []
+  if where.num_slices > 1:
+    found.append(
+      f"what goes between slices: gradients of {parameter_bytes / _GIB:.2f} GiB"
+      " a device in every update, summed over the data centre's network"
+    )
+  if where.chip and not where.chip.tells_collectives:
+    found.append(
+      "collectives: the compiler hands most of them to another unit, in a form"
+      " that is not read here; so there is no bound, only what a chip does"
+    )
+  return found
 
 
 # ------------------------------------------------------------------------- run
@@ -1133,7 +1156,8 @@ def show(result: dict[str, Any]) -> None:
       ]
     if "time" in row:
       line += [
-        f"{1000 * row['time'][name]:.4g}" for name in ("chip_s", "network_s")
+        "?" if row["time"][name] is None else f"{1000 * row['time'][name]:.4g}"
+        for name in ("chip_s", "network_s")
       ]
       share = row.get("mfu_bound")
       line.append(f"{100 * share:.1f} %" if share else "")
@@ -1153,6 +1177,8 @@ def show(result: dict[str, Any]) -> None:
         " compiles it to the end, which tells",
         row["program"],
       )
+  for sentence in result["not_counted"]:
+    logging.warning("not counted: %s", sentence)
   found = result["totals"]
   if "update_bound_s" in found:
     logging.info(

@@ -42,6 +42,8 @@ class Chip(NamedTuple):
     ring: axes of a multiple of so many chips close to a ring.
     dcn_bytes_per_s: to other slices.
     per_host: chips of a host in slices of several hosts.
+    tells_collectives: whether the compiled text has them in a form that
+      `hlo.count` reads.
   """
 
   flops_per_s: float
@@ -52,6 +54,7 @@ class Chip(NamedTuple):
   ring: int
   dcn_bytes_per_s: float
   per_host: int
+  tells_collectives: bool = True
 
 
 _GIB = 2.0**30
@@ -60,7 +63,7 @@ CHIPS = {
   "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 50e9, 2, 16, 3.125e9, 4),
   "v5p": Chip(459e12, 95.74 * _GIB, 2765e9, 100e9, 3, 4, 6.25e9, 4),
   "v6e": Chip(918e12, 31.25 * _GIB, 1638e9, 100e9, 2, 16, 12.5e9, 4),
-  "7x": Chip(1153.5e12, 96 * _GIB, 3690e9, 50e9, 3, 4, 6.25e9, 4),
+  "7x": Chip(1153.5e12, 96 * _GIB, 3690e9, 50e9, 3, 4, 6.25e9, 4, False),
 }
 
 
@@ -155,7 +158,8 @@ class Time(NamedTuple):
     matmul_s: all matmuls at the peak.
     memory_s: all traffic with main memory at its peak.
     chip_s: the longer of the two, instruction by instruction.
-    network_s: all collectives.
+    network_s: all collectives; None where the chip's compiled text does not
+      tell them, as are then the next two.
     bound_s: the longer of the last two: no run is faster.
     serial_s: their sum: nothing is hidden.
   """
@@ -163,9 +167,9 @@ class Time(NamedTuple):
   matmul_s: float
   memory_s: float
   chip_s: float
-  network_s: float
-  bound_s: float
-  serial_s: float
+  network_s: float | None
+  bound_s: float | None
+  serial_s: float | None
 
 
 def estimate(cost: hlo.Cost, where: Slice) -> Time:
@@ -174,6 +178,8 @@ def estimate(cost: hlo.Cost, where: Slice) -> Time:
   matmul_s = cost.flops / chip.flops_per_s
   memory_s = (cost.read + cost.written) / chip.hbm_bytes_per_s
   chip_s = max(cost.busy_s, memory_s)
+  if not chip.tells_collectives:
+    return Time(matmul_s, memory_s, chip_s, None, None, None)
   network_s = sum(
     transfer_s(transfer, size, where)
     for transfer, (_, size) in cost.transfers.items()

@@ -195,6 +195,27 @@ def test_blocks_that_splash_looks_at(monkeypatch):
   assert plan.share_of_blocks(prompt, group, length) == looked_at / 49
 
 
+def test_what_a_plan_leaves_out_is_said():
+  def said(kind, shape, num_slices):
+    where = chips.Slice("", chips.CHIPS[kind], shape, [], num_slices)
+    return plan.not_counted(where, 3 << 30)
+
+  assert said("v5p", (4, 4, 4), 1) == []
+  assert "gradients of 3.00 GiB" in said("v5e", (8, 8), 2)[0]
+  assert "no bound" in said("7x", (4, 4, 4), 1)[0]
+
+
+def test_totals_without_a_bound_have_none():
+  row = {"program": "update", "peak_bytes": 1, "fits": True}
+  row |= {"calls_per_update": 1, "time": {"bound_s": None, "serial_s": None}}
+  where = chips.Slice("", chips.CHIPS["7x"], (4, 4, 4), [], 1)
+  assert plan.totals({"programs": [row]}, where).keys() == {
+    "fits",
+    "peak_bytes",
+    "peak_in",
+  }
+
+
 def test_programs_are_named_by_words_or_by_lines():
   assert plan.named("update  decode") == ["update", "decode"]
   assert plan.named("evaluate: decode; update") == [

@@ -63,6 +63,13 @@ def test_nothing_hidden_is_the_sum():
   assert found.serial_s == pytest.approx(1.2 + found.network_s)
 
 
+def test_where_collectives_are_not_told_there_is_no_bound():
+  cost = hlo.Cost(flops=1153.5e12, read=0.0, busy_s=1.2)
+  found = chips.estimate(cost, slice_of("7x", 4, 4, 4))
+  assert (found.matmul_s, found.chip_s) == (1.0, 1.2)
+  assert (found.network_s, found.bound_s, found.serial_s) == (None, None, None)
+
+
 @pytest.mark.parametrize(
   ("topology", "words"),
   [
