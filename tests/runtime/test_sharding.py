@@ -267,6 +267,12 @@ for (data, fsdp, tensor, context), decoding in (
     np.testing.assert_array_equal(found.token, want.token)
     np.testing.assert_array_equal(found.mask, want.mask)
     np.testing.assert_allclose(found.logprob, want.logprob, atol=4e-5)
+  if context > 1:  # which divides groups, and must not divide the scores
+    reference = rl_steps.make_reference_step(types.SimpleNamespace(
+        model=own, mesh=mesh, grid=(2, 2), banned=np.zeros(40, bool)))
+    scores = reference(
+        state.params, put(view), None, put(encoded), put(batch.rollout))
+    assert scores.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
   found = tad.select_videos(put(scan), put(seen), num_keyframes=3)
   np.testing.assert_array_equal(found.index, chosen.index)
   np.testing.assert_allclose(found.weight, chosen.weight, atol=1e-5)
