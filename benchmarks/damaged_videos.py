@@ -28,6 +28,7 @@ import json
 import pathlib
 import resource
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -405,11 +406,12 @@ def main(_) -> None:
       rows.append(row)
       bar.advance(1)
   decoder.close()
-  show(rows)
+  if show(rows):
+    sys.exit(1)
 
 
-def show(rows: list[dict]) -> None:
-  """Two tables, and the line."""
+def show(rows: list[dict]) -> int:
+  """Two tables, and the line; how many were lost."""
   counts = collections.Counter((row["outcome"], row["why"]) for row in rows)
   telemetry.closing_table(
     "what became of them",
@@ -435,6 +437,7 @@ def show(rows: list[dict]) -> None:
   )
   lost = sum(row["outcome"] == "lost" for row in rows)
   print(f"tried {len(rows)}, survived {len(rows) - lost}, lost {lost}")
+  return lost
 
 
 if __name__ == "__main__":

@@ -234,7 +234,9 @@ def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     found.append("results.json")
   if not (two / "report.html").stat().st_size:
     found.append("report.html")
+  data = two.with_name(f"{two.name}_data")
   left = [path.name for path in two.rglob("*.tmp")]
+  left += [path.name for path in data.rglob(".*.mp4")]
   return found + [f"left behind: {name}" for name in left]
 
 
@@ -255,8 +257,11 @@ def _complete(out: pathlib.Path, name: str) -> float:
   return time.monotonic() - begin
 
 
-def main() -> None:
-  """One life after the other until there were enough kills."""
+def main() -> int:
+  """One life after the other until there were enough kills.
+
+  The exit code is 1 where something was lost.
+  """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -306,11 +311,13 @@ def main() -> None:
 
   done = [life for life in lives if "differences" in life]
   tried, lost = (
-    sum(k["killed"] for life in part for k in life["kills"])
+    # A start that ended otherwise than its signal says is one that was lost.
+    sum(k["killed"] or not k["fits"] for life in part for k in life["kills"])
     for part in (done, [life for life in done if life["differences"]])
   )
   print(f"kills: tried {tried}, survived {tried - lost}, lost {lost}")
+  return 1 if lost else 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

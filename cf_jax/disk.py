@@ -2,8 +2,8 @@
 
 A file is written beside its name, forced to disk, and renamed; then the folder
 is forced to disk too. Whoever is killed, or whose machine loses power, leaves
-the old file or the new one, and at most a `.NAME.*.tmp` that nothing reads and
-that `sweep` takes away.
+the old file or the new one, and at most a `.NAME.*.tmp` that nothing reads;
+`sweep` takes it away where a training run starts again.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
-_PARTIAL = re.compile(r"\..+\.\d+\.\d+\.tmp")  # as `write` names it
+_PARTIAL = re.compile(r"\.(.+)\.\d+\.\d+\.tmp")  # as `write` names it
 
 
 def write(
@@ -50,7 +50,7 @@ def write(
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
-  _sync(path.parent)
+  sync(path.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -62,12 +62,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def sweep(folder: str | os.PathLike) -> None:
   """Takes away what writers left in a folder when they were killed.
 
+  Not what lies in folders of it: another run may be writing there.
+
   Args:
-    folder: nobody else may be writing into it, or into a folder of it.
+    folder: nobody else may be writing into it.
   """
-  for path in pathlib.Path(folder).rglob(".*.tmp"):
-    if _PARTIAL.fullmatch(path.name):
-      path.unlink(missing_ok=True)
+  for path in pathlib.Path(folder).glob(".*.tmp"):
+    if _PARTIAL.fullmatch(path.name) and path.is_file():
+      with contextlib.suppress(OSError):  # of somebody else's
+        path.unlink()
 
 
 def replace(partial: str | os.PathLike, path: str | os.PathLike) -> None:
@@ -79,14 +82,19 @@ def replace(partial: str | os.PathLike, path: str | os.PathLike) -> None:
     path: of the result; a file there is replaced, a folder must be empty.
   """
   partial, path = pathlib.Path(partial), pathlib.Path(path)
-  inside = [p for p in partial.rglob("*") if p.is_file()]
-  for file in inside or [partial]:
-    _sync(file)
+  sync_tree(partial)
   os.replace(partial, path)
-  _sync(path.parent)
+  sync(path.parent)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync_tree(path: pathlib.Path) -> None:
+  """Forces a file, or a folder with all that is in it, to disk."""
+  for inside in path.rglob("*"):
+    sync(inside)
+  sync(path)
+
+
+def sync(path: pathlib.Path) -> None:
   """Forces a file's content, or a folder's list of names, to disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:

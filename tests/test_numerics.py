@@ -112,9 +112,10 @@ def test_a_reward_that_is_no_number_stops_the_run(bad):
     reinforce.check_rewards(batch, 3)
 
 
-def test_sampling_from_no_numbers_ends(scene):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_sampling_from_no_numbers_ends(scene, bad):
   """Completions are of known length and ids; their log-probabilities tell."""
-  params, pixel = scene.params, scene.pixel.at[0].set(jnp.nan)  # one of three
+  params, pixel = scene.params, scene.pixel.at[0].set(bad)  # one of three
   encoded = jax.jit(
     lambda pixel: policy.encode_frames(
       scene.config, params, pixel, grid=scene.grid

@@ -15,7 +15,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from cf_jax import report
+from cf_jax import amplify_page, comparison_page, keyframe_page, report
 from cf_jax.data import decoding, images, records
 from cf_jax.data import video as video_lib
 from cf_jax.runtime import telemetry
@@ -267,10 +267,10 @@ class _Tags(html.parser.HTMLParser):
     self.tags.append((tag, dict(attrs)))
 
 
-def _inert(text):
+def _inert(text, least=50):
   """Nothing in a page is a script, or an attribute that is one."""
   tags = _Tags(text).tags
-  assert len(tags) > 50
+  assert len(tags) > least
   for tag, attributes in tags:
     assert tag not in ("script", "iframe", "object", "embed", "svg", "base")
     for name, value in attributes.items():
@@ -283,6 +283,60 @@ def test_a_hostile_run_has_a_harmless_page(tmp_path):
   text = _hostile_run(tmp_path).read_text("utf-8")
   _inert(text)
   assert "&lt;script&gt;document.body" in text  # and is shown
+
+
+def _other_pages(folder):
+  """The pages of other programs, of which every text is a script."""
+  bad = " ".join(PAYLOADS)
+  video = dict.fromkeys(("codec", "problem"), bad) | dict(
+    variable_fps=True, rotation=90, num_frames=3, fps=3.0, duration_s=1.0
+  )
+  frame = dict(file=bad, frame_index=1, timestamp=0.1, apex=None)
+  frame |= dict(segment=dict(start=0.0, end=1.0), score=0.1, saliency=0.2)
+  record = dict(video=video | dict(width=4, height=5), num_scanned=3)
+  record |= dict(apexes=[], film_strip=bad, keyframes=[frame])
+  yield keyframe_page.write(
+    folder / "keyframes.html",
+    title=bad,
+    records={bad: record},
+    failed={bad: bad},
+    settings={bad: {bad: [bad]}},
+  )
+  share = dict(accuracy=0.5, low=0.4, high=0.6)
+  names = ("accuracy/chosen", "accuracy/uniform", "evidence/chosen")
+  row = dict.fromkeys(names, share) | dict(after=bad, task=bad)
+  row |= {"lists/hit": 0.5, "lists/readable": 0.5}
+  yield amplify_page.write(folder / "amplify.html", bad, [row])
+  said = dict.fromkeys(("key", "policy", "weights", "unreadable"), bad)
+  answer = dict.fromkeys(("name", "note", "read", "response"), bad)
+  asked = ("heading", "id", "task", "video", "question", "truth")
+  change = dict.fromkeys(("group", "metric", "test", "first_name"), bad)
+  change |= dict(low=0.1, high=0.2, mean=0.1, p=0.1, p_holm=None, units=3)
+  yield comparison_page.write(
+    folder / "compare.html",
+    title=bad,
+    words=[bad],
+    evaluations=[said | dict(name=bad), said | dict(name=f"{bad}2")],
+    differences=[
+      change
+      | dict(second_name=f"{bad}2", main=True, first=0.1, second=0.2)
+      | dict(gained=1, lost=2, count=3)
+    ],
+    figures=[dict(metric=bad, group=bad, value={bad: 0.1})],
+    settings=[dict(setting=bad, value={bad: bad, f"{bad}2": bad})],
+    changed=[
+      dict.fromkeys(asked, bad)
+      | dict(options=[bad])
+      | dict(answers=[answer | dict(better=True, score=None, frames=[])])
+    ],
+  )
+
+
+def test_the_other_pages_are_harmless(tmp_path):
+  for page in _other_pages(tmp_path):
+    text = page.read_text("utf-8")
+    _inert(text, least=15)
+    assert "&lt;script&gt;document.body" in text, page.name
 
 
 def _browser():
@@ -299,7 +353,7 @@ def test_a_real_browser_runs_nothing(tmp_path):
   control = tmp_path / "control.html"
   control.write_text(f"<body>{PAYLOADS[0]}</body>")
   owned = []
-  for path in (control, page):
+  for path in (control, page, *_other_pages(tmp_path)):
     ran = subprocess.run(
       [
         browser,
@@ -318,7 +372,7 @@ def test_a_real_browser_runs_nothing(tmp_path):
     )
     assert "<body" in ran.stdout, ran.stderr[-1000:]
     owned.append(bool(re.search(r"<body[^>]*data-owned", ran.stdout)))
-  assert owned == [True, False]
+  assert owned == [True] + [False] * 4
 
 
 # ---------------------------------------------------------------------- secrets
@@ -338,6 +392,10 @@ def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
       "--config.name=planted-in-the-environment",
       "--config.judge.url=https://me:word@host/v1",  # pragma: allowlist secret
       "--config.note=sk-0123456789abcdef",  # pragma: allowlist secret
+      "--config.PGPASSWORD",
+      "-abc",
+      "--config.judge.url=https://host/v1?model=a&api_key=abc&b=c",
+      "--config.header=Authorization: Bearer abc",
     ]
   )
   assert kept == [
@@ -351,6 +409,10 @@ def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
     "--config.name=***",
     "--config.judge.url=https://***@host/v1",
     "--config.note=***",
+    "--config.PGPASSWORD",
+    "***",
+    "--config.judge.url=https://host/v1?model=a&api_key=***&b=c",
+    "--config.header=Authorization: Bearer ***",
   ]
 
 

@@ -47,6 +47,7 @@ _GRACE_S = 10.0
 # Of what FFmpeg writes about a file.
 _MAX_LOG_BYTES = 2**26
 _MAX_JSON_BYTES = 2**24
+_MAX_AXES = 4
 _DTYPES = ("|u1", "|b1", "<i4", "<i8", "<f8")
 
 
@@ -95,13 +96,18 @@ def receive(
   try:
     said = json.loads(bytes(_exactly(connection, length, deadline_s)))
     about = [(dtype, tuple(shape)) for dtype, shape in said.pop("arrays")]
-  except (ValueError, KeyError, TypeError) as error:
+  except (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ) as error:
     raise BrokenError("it says what it never should") from error
   arrays = []
   for dtype, shape in about:
-    size = math.prod(shape)
+    sizes = dtype in _DTYPES and len(shape) <= _MAX_AXES
+    sizes = sizes and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    size = math.prod(shape) if sizes else 0
     max_bytes -= size * 8
-    if dtype not in _DTYPES or min(shape, default=0) < 0 or max_bytes < 0:
+    if not sizes or max_bytes < 0:
       raise BrokenError("it says what it never should")
     array = np.empty(shape, dtype)
     if size:

@@ -7,6 +7,7 @@ started, and the file is a `video.VideoError` like any other unreadable one. The
 frames are the same bits.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -130,7 +131,9 @@ class _Worker:
     except subprocess.TimeoutExpired:
       return "it has closed the connection"
     if code < 0:
-      how = f"it was killed by {signal.Signals(-code).name}"
+      with contextlib.suppress(ValueError):  # a real-time signal has no name
+        code = signal.Signals(-code).name
+      how = f"it was killed by {code}"
     else:
       how = f"it ended with code {code}"
     said = self._last_words(200)
@@ -229,7 +232,14 @@ class Decoder:
     if not self.processes:
       return footage_lib.probe(footage, limits=self.limits)
     said, _ = self._ask(footage, "probe")
-    return video.VideoInfo(*said["value"])
+    value = said.get("value")
+    if (
+      not isinstance(value, list)
+      or len(value) != len(video.VideoInfo._fields)
+      or any(type(number) not in (int, float) for number in value)
+    ):
+      raise video.VideoError(footage.path, "the decoder gave no header")
+    return video.VideoInfo(*value)
 
   def scan_frames(
     self, footage: Footage, num_frames: int, size_px: tuple[int, int]
@@ -246,7 +256,10 @@ class Decoder:
     said, arrays = self._ask(
       footage, "scan_frames", num_frames=num_frames, size_px=list(size_px)
     )
-    self._expect(footage, arrays, 4, (num_frames, *size_px, 3))
+    slots = (num_frames,)
+    self._expect(footage, arrays, (*slots, *size_px, 3), slots, slots, slots)
+    if type(said.get("num_frames")) is not int:
+      raise video.VideoError(footage.path, "the decoder counts no frames")
     return video.Scan(*arrays, said["num_frames"])
 
   def read_frames(
@@ -274,11 +287,11 @@ class Decoder:
       size_px=list(size_px),
       resize=resize,
     )
-    self._expect(footage, arrays, 1, (*index.shape, *size_px, 3))
+    self._expect(footage, arrays, (*index.shape, *size_px, 3))
     return arrays[0]
 
-  def _expect(self, footage, arrays, count, shape) -> None:
-    if len(arrays) != count or arrays[0].shape != shape:
+  def _expect(self, footage, arrays, *shapes) -> None:
+    if tuple(array.shape for array in arrays) != shapes:
       raise video.VideoError(footage.path, "the decoder gave other frames")
 
   def _ask(self, footage: Footage, operation: str, **how):

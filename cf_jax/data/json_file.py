@@ -55,7 +55,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     spec = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path} is not JSON ({error}); take the file of the model's repository"
     ) from error

@@ -175,6 +175,8 @@ def _write_videos(
   root: pathlib.Path, specs: Sequence[Spec], num_workers: int
 ) -> None:
   """Writes what is missing, in processes where it is worth starting them."""
+  for left in (root / "videos").glob("*/.*.mp4"):
+    left.unlink()  # by a writer that was killed; ours is the lock
   missing = [s for s in specs if not _video_path(root, s.id).is_file()]
   shares = [missing[n : n + 32] for n in range(0, len(missing), 32)]
   with rich.progress.Progress(

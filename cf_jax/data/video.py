@@ -344,7 +344,13 @@ def open_file(
   # The sentence below says what FFmpeg would print into the progress bar. Read
   # when the first file is opened.
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-  os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", _OPENING)
+  own = os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS", "")
+  if not own.endswith(
+    _OPENING
+  ):  # of two values of an option the last one holds
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
+      f"{own}|{_OPENING}" if own else _OPENING
+    )
   file = pathlib.Path(path)
   if not file.is_file():
     what = "is a folder" if file.is_dir() else "there is no such file"

@@ -406,7 +406,12 @@ def _files(directory):
   try:
     names = json.loads(index.read_text("utf-8"))["weight_map"]
     files = sorted(set(names.values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    if outside := [n for n in files if pathlib.PurePath(n).name != n]:
+      raise ValueError(f"files that are not beside it: {outside[:3]}")
+  except (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ) as error:
     raise ValueError(
       f"{index}: expected an object with weight_map, tensor to file; got"
       f" {error!r}"

@@ -45,8 +45,17 @@ GAPS = (
   ),
 )
 
-# Settings that may differ from start to start: what is traced, kept and shown.
-FREE = ("profile", "runtime", "checkpoint", "data.decode", "data.frame_cache")
+# Settings that may differ from start to start: what is traced, kept and shown,
+# and with what means videos are decoded, not which of them are refused.
+FREE = (
+  "profile",
+  "runtime",
+  "checkpoint",
+  "data.decode.processes",
+  "data.decode.timeout_s",
+  "data.decode.max_memory_mib",
+  "data.frame_cache",
+)
 
 
 # ------------------------------------------------------------------------ run
@@ -85,7 +94,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         _run(config, workdir, guard)
     except lifecycle.Stopped as stopped:
       if (workdir / telemetry.METRICS_FILE).exists():
-        _write_report(config, workdir)
+        try:
+          _write_report(config, workdir)
+        except Exception:  # what is saved is saved
+          logging.exception("the report of %s could not be written", workdir)
       if not is_complete(workdir):
         raise
       # It came during the report, after which nothing is left to go on with.
@@ -322,6 +334,8 @@ def check_same_config(
     f"{key} (there {json.dumps(old)}, now {json.dumps(new)})"
     for key, old, new in _differences(there, here)
     if not any(f"{key}.".startswith(f"{name}.") for name in free)
+    # With no process of its own nobody hears what the decoder complains of.
+    or (key == "data.decode.processes" and bool(old) != bool(new))
   ]
   if differ:
     raise ValueError(

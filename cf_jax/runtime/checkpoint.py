@@ -4,7 +4,9 @@ Only what is trained is in them: frozen parameters are made again from where
 they came, and a fingerprint in the host state tells whether they are the same.
 One folder a stage (`checkpoints/sft`, `checkpoints/rl`), one sub-folder a step.
 Orbax writes to a temporary name and renames it when it is whole, so a killed
-writer leaves nothing that a restore would take for a checkpoint.
+writer leaves nothing that a restore would take for a checkpoint. Before that
+everything is forced to disk: Orbax does so with arrays alone, and an older
+checkpoint is removed as soon as this one has its name.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from cf_jax import disk
 from cf_jax.runtime import optim, sharding
 from cf_jax.types import TrainState
 
@@ -133,8 +136,18 @@ class Checkpoints:
         # What a killed writer left.
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=None if read_only else self._force
+        ),
       ),
     )
+
+  def _force(self) -> None:
+    """What is written, and not named yet, lies on disk afterwards."""
+    if jax.process_index() == 0:  # who names it
+      for folder in self.directory.iterdir():
+        if folder.is_dir() and not folder.name.isdigit():
+          disk.sync_tree(folder)
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     return metrics[self._best]
@@ -367,6 +380,7 @@ class Checkpoints:
     """
     with self._writing():
       self._manager.wait_until_finished()
+      disk.sync(self.directory)
 
   def __enter__(self) -> "Checkpoints":
     return self

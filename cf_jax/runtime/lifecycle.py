@@ -143,7 +143,10 @@ class Guard:
     if self._report_at is None:  # nothing is written of the first update yet
       self._report_at = begin + self._report_every_s
     if _is_first() and begin > self._report_at and self._report_every_s:
-      report.write_report(folder)
+      try:
+        report.write_report(folder)
+      except Exception:  # no picture is worth an update
+        logging.exception("report.html of %s could not be rebuilt", folder)
       end = time.monotonic()
       wait_s = max(self._report_every_s, _REPORT_TIMES * (end - begin))
       self._report_at = end + wait_s
@@ -252,10 +255,11 @@ class Guard:
     with contextlib.ExitStack() as stack:
       if self._workdir is not None and _is_first():
         stack.enter_context(locked(self._workdir))
-        if not jax.distributed.is_initialized():  # the others may be writing
-          disk.sweep(self._workdir)
       if threading.current_thread() is threading.main_thread():
         stack.enter_context(self._signals())
+      if self._workdir is not None and not jax.distributed.is_initialized():
+        for folder in (self._workdir, self._workdir / report.STRIPS_FOLDER):
+          disk.sweep(folder)  # else other processes may be writing
       self._ended = threading.Event()
       self._thread = threading.Thread(target=self._beat, daemon=True)
       self._thread.start()

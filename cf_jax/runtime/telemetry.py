@@ -60,8 +60,8 @@ _VERSIONED = (
 )
 # `max_tokens` and `judge.key_variable` are named like none.
 _SECRET_NAME = re.compile(
-  r"(?:^|[._-])(?:api_?key|key|token|secret|passwd|password|credentials?)"
-  r"(?:_id)?$",
+  r"(?:(?:^|[._-])(?:key|pat|pass)|apikey|token|secret|passwd|password"
+  r"|credentials?)(?:_id)?$",
   re.IGNORECASE,
 )
 _LEAST_SECRET = 8  # letters; shorter ones are in many words
@@ -69,6 +69,11 @@ _KNOWN_KEYS = re.compile(
   r"\b(?:sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abpr]-|AKIA|AIza)[\w-]{8,}"
 )
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_IN_QUERY = re.compile(
+  r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature)=)[^&\s]+",
+  re.IGNORECASE,
+)
+_BEARER = re.compile(r"(?<=\bBearer )\s*\S+", re.IGNORECASE)
 _TABLE_BOX = rich.box.SIMPLE_HEAD
 
 
@@ -126,7 +131,7 @@ def each_row(path: str | os.PathLike) -> Iterator[dict]:
         return
       try:
         row = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         row = None
       if not isinstance(row, dict):
         raise ValueError(
@@ -923,7 +928,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     name, equals, _ = entry.partition("=")
     is_flag = name.startswith("-")
     named = bool(is_flag and _SECRET_NAME.search(name))
-    if hidden and not is_flag:
+    if hidden and not name.startswith("--"):  # a value may begin with "-"
       entry = "***"
     elif named and equals:
       entry = f"{name}=***"
@@ -931,6 +936,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
       for value in held:
         entry = entry.replace(value, "***")
       entry = _IN_ADDRESS.sub("***", _KNOWN_KEYS.sub("***", entry))
+      entry = _BEARER.sub("***", _IN_QUERY.sub(r"\1***", entry))
     hidden = named and not equals
     made.append(entry)
   return made
@@ -945,7 +951,7 @@ def read_manifest(workdir: str | os.PathLike) -> dict:
   path = pathlib.Path(workdir) / MANIFEST_FILE
   try:
     said = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path} is damaged ({error}); put it back, or give another --workdir"
     ) from error

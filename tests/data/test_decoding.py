@@ -1,8 +1,11 @@
 """Decoding in processes: the same bits, and bad files cost themselves alone."""
 
+import json
 import os
 import pathlib
 import pickle
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -120,6 +123,54 @@ def test_a_hostile_file_costs_itself(clip, decoder, tmp_path, name, message):
   assert caught.value.path == str(path)
   assert str(caught.value).startswith(f"{path}: ")
   assert decoder.scan_frames(Footage(str(clip)), 8, (24, 32)).mask.all()
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *(
+      json.dumps({"arrays": [["|u1", shape]]})
+      for shape in (
+        [1.5],
+        ["a"],
+        [True],
+        [-1, -1],
+        [0] * 70,
+        [2**70, 0],
+        [2**39],
+      )
+    ),
+    '{"arrays": [["O", [1]]]}',
+    '{"arrays": 3}',
+    "[]",
+    '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}",
+  ],
+  ids=range(11),
+)
+def test_what_is_no_message_ends_the_one_who_sent_it(text):
+  there, here = socket.socketpair()
+  with there, here:
+    raw = text.encode()
+    sender = threading.Thread(
+      target=lambda: there.sendall(struct.pack(">I", len(raw)) + raw)
+    )
+    sender.start()
+    with pytest.raises(decode_worker.BrokenError):
+      decode_worker.receive(here, max_bytes=2**38)
+    here.close()
+    there.close()
+    sender.join()
+
+
+@pytest.mark.parametrize(
+  "value",
+  [None, "abc", [1, 2.0, 3, 4], [1, 2.0, "3", 4, 5.0], [1, 2, 3, 4, True]],
+)
+def test_a_decoder_that_gives_no_header(monkeypatch, value):
+  decoder = decoding.Decoder(processes=1)
+  monkeypatch.setattr(decoder, "_ask", lambda *_: ({"value": value}, []))
+  with pytest.raises(video.VideoError, match="gave no header"):
+    decoder.probe(Footage("a.mp4"))
 
 
 def test_nothing_is_left_of_dead_processes(clip, decoder, tmp_path):

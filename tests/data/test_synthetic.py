@@ -305,6 +305,8 @@ def test_interrupted_writing_goes_on(tmp_path, monkeypatch):
   assert not (root / "DONE").exists()
   first = [path.name for path in root.glob("videos/*/*.mp4")]
   assert sorted(first) == sorted(f"{name}.mp4" for name in written)
+  left = root / "videos" / "train" / ".train-000009.123.mp4"
+  left.touch()  # by a writer that was killed
 
   def remember(spec, path):
     written.append(spec.id)
@@ -313,6 +315,7 @@ def test_interrupted_writing_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(synthetic_video, "write_video", remember)
   assert synthetic.ensure(tmp_path, seed=0, **COUNTS) == root
   assert len(written) == len(set(written)) == 15
+  assert not left.exists()
   assert len(synthetic.load(root, "train")) == 9
 
 

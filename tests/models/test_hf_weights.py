@@ -592,6 +592,14 @@ def test_tensors_that_do_not_fit(tmp_path, make, says):
     hf_weights.load_hf(write(tmp_path / "a", make()))
 
 
+_INDICES = {
+  "file elsewhere": '{"weight_map": {"a": "../other.safetensors"}}',
+  "file of the system": '{"weight_map": {"a": "/etc/hostname"}}',
+  "number as a file": '{"weight_map": {"a": 1}}',
+  "deep index": '{"a":' * 60_000,
+}
+
+
 def _break(folder, kind):
   """Replaces the weights by something else."""
   weights = folder / "model.safetensors"
@@ -625,6 +633,9 @@ def _break(folder, kind):
     (folder / "1.safetensors").write_bytes(whole)
   elif kind == "broken index":
     (folder / "model.safetensors.index.json").write_text("[]")
+  elif kind in _INDICES:
+    (folder / "model.safetensors.index.json").write_text(_INDICES[kind])
+    (folder.parent / "other.safetensors").write_bytes(whole)
 
 
 @pytest.mark.parametrize(
@@ -642,6 +653,10 @@ def _break(folder, kind):
     ("broken config", "config.json is not JSON"),
     ("index alone", "names 1 of 2 files that are not there: 2.safetensors"),
     ("broken index", "expected an object with weight_map"),
+    ("file elsewhere", "not beside it: .*other.safetensors"),
+    ("file of the system", "not beside it: .*hostname"),
+    ("number as a file", "expected an object with weight_map"),
+    ("deep index", "expected an object with weight_map"),
   ],
 )
 def test_directories_that_are_something_else(tmp_path, directory, kind, says):

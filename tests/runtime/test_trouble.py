@@ -6,17 +6,19 @@ Each is one clear sentence, and nothing that was there is destroyed.
 import contextlib
 import errno
 import gc
+import re
 import resource
 import signal
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from cf_jax import main
+from cf_jax import disk, main
 from cf_jax.data import synthetic
-from cf_jax.programs import train
+from cf_jax.programs import ask, keyframes, train
 from cf_jax.runtime import checkpoint, lifecycle, telemetry
 from cf_jax.types import TrainState
 
@@ -120,6 +122,70 @@ def test_a_second_run_touches_nothing(tiny_config, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("program", [ask, keyframes])
+def test_other_programs_wait_for_nobody_either(program, tmp_path, monkeypatch):
+  """`_run` would write; the video of the settings need not be there."""
+  monkeypatch.setattr(program, "_run", lambda *_: pytest.fail("it ran"))
+  monkeypatch.setattr(program, "check_settings", lambda _: None)
+  monkeypatch.setattr(keyframes, "find_videos", lambda *_: [])
+  config = ml_collections.ConfigDict({"video": "a.mp4"})
+  with (
+    lifecycle.locked(tmp_path),
+    pytest.raises(ValueError, match="is in use by process"),
+  ):
+    program.run(config, tmp_path)
+
+
+def test_a_workdir_that_can_only_be_read(tiny_config, tmp_path, monkeypatch):
+  def on_a_read_only_disk(path, mode="r", *rest, opened=open, **how):
+    if str(path).startswith(str(tmp_path)) and set(mode) & set("wxa+"):
+      raise OSError(errno.EROFS, "Read-only file system", str(path))
+    return opened(path, mode, *rest, **how)
+
+  monkeypatch.setattr("builtins.open", on_a_read_only_disk)
+  with pytest.raises(OSError, match="Read-only") as caught:
+    train.run(tiny_config.lock(), tmp_path)
+  assert "can only be read there" in main.explain_error(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_fails_costs_no_update(tmp_path, monkeypatch, caplog):
+  def fails(folder):
+    raise TypeError("no number")
+
+  monkeypatch.setattr(lifecycle.report, "write_report", fails)
+  guard = lifecycle.Guard(report_every_s=1e-9)
+  guard.advance(1, tmp_path)
+  with caplog.at_level("ERROR"):
+    assert guard.advance(2, tmp_path) == ""
+  assert "could not be rebuilt" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "same"),
+  [
+    ("processes", 5, True),
+    ("timeout_s", 7.0, True),
+    ("processes", 0, False),  # then nobody hears the decoder's complaints
+    ("accept_damaged", True, False),
+  ],
+)
+def test_what_is_refused_may_not_change_between_starts(
+  name, value, same, tiny_config, tmp_path
+):
+  telemetry.write_manifest(
+    tmp_path, config=tiny_config.to_dict(), seed=0, data_hash="", argv=[]
+  )
+  train.check_same_config(tiny_config, tmp_path)
+  assert tiny_config.data.decode.processes
+  tiny_config.data.decode[name] = value
+  if same:
+    train.check_same_config(tiny_config, tmp_path)
+  else:
+    with pytest.raises(ValueError, match=f"data.decode.{name}"):
+      train.check_same_config(tiny_config, tmp_path)
+
+
 def test_a_data_set_that_is_gone(tiny_config, tmp_path):
   tiny_config.data.source = f"jsonl:{tmp_path / 'gone'}"
   with pytest.raises(ValueError, match="no manifest at .*config.data.source"):
@@ -129,7 +195,7 @@ def test_a_data_set_that_is_gone(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text", ["", "{", "[1]", "{}", '{"config": 3}', "\xff"]
+  "text", ["", "{", "[1]", "{}", '{"config": 3}', "\xff", '{"a":' * 60_000]
 )
 def test_a_damaged_manifest(text, tiny_config, tmp_path):
   path = tmp_path / telemetry.MANIFEST_FILE
@@ -230,6 +296,30 @@ def test_what_a_killed_writer_left_is_cleaned_up_by_its_own_run(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep=1) as store:
     store.save(3, _state(3), HOST)  # waits for the broom
   assert not left.exists()
+
+
+def test_a_checkpoint_is_forced_to_disk_before_it_has_its_name(
+  tmp_path, monkeypatch
+):
+  """A power cut after an older one is removed must find the newer one whole."""
+  forced, sync = set(), disk.sync
+  monkeypatch.setattr(disk, "sync", lambda p: (forced.add(p), sync(p))[1])
+  with checkpoint.Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, _state(1), HOST)
+    store.wait()
+  kept = tmp_path / "1"
+  within = {
+    "/".join(path.relative_to(tmp_path).parts[1:])
+    for path in forced
+    if path != tmp_path and path.parts[len(tmp_path.parts)] != "1"
+  }
+  named = {
+    str(path.relative_to(kept))
+    for path in kept.rglob("*")
+    if path.name != "commit_success.txt" and path.is_file()
+  }
+  assert named and named <= {re.sub(r"\.orbax.*?(?=/)", "", p) for p in within}
+  assert tmp_path in forced
 
 
 def test_the_best_are_kept_beside_the_newest(tmp_path):
