@@ -2,10 +2,10 @@
 
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from cf_jax import figures, pages, report
@@ -50,23 +50,23 @@ def write(
     axes.legend(fontsize=7)
 
   panels = []
-  with matplotlib.rc_context(figures.STYLE):
-    for task in tasks:
-      shown = [row for row in rows if row["task"] == task]
-      panels.append(
-        pages.svg_panel(
-          f"{task} over the stages",
-          lambda axes, s=shown, t=task: draw(axes, s, t),
-          height=3.2,
-        )
+  for task in tasks:
+    shown = [row for row in rows if row["task"] == task]
+    panels.append(
+      pages.svg_panel(
+        f"{task} over the stages",
+        lambda axes, s=shown, t=task: draw(axes, s, t),
+        height=3.2,
       )
+    )
   cells = []
   for row in rows:
     stage = pages.escape(row["after"])
     pair = (row["accuracy/chosen"], row["accuracy/uniform"])
     found = [each["accuracy"] for each in pair]
     found += [row["lists/hit"], row["lists/readable"]]
-    linked = f'<a href="{stage}/{report.REPORT_FILE}">{stage}</a>'
+    address = urllib.parse.quote(f"{row['after']}/{report.REPORT_FILE}")
+    linked = f'<a href="{pages.escape(address)}">{stage}</a>'
     if not (path.parent / row["after"] / report.REPORT_FILE).exists():
       linked = stage
     cells.append(

@@ -231,7 +231,7 @@ def keyframe_strip(
 def _check_lengths(**lengths: int) -> None:
   if len(set(lengths.values())) > 1:
     found = ", ".join(f"{name} {size}" for name, size in lengths.items())
-    raise ValueError(f"film_strip: expected equal lengths, got {found}")
+    raise ValueError(f"a film strip wants equal lengths, got {found}")
 
 
 def _frame_row(

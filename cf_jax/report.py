@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import matplotlib.ticker
 import numpy as np
 
@@ -170,16 +169,15 @@ def write_report(
   select = selector_name(config)
   names = {"sft": "cold start", "rl": method_name(config)}
   names |= {view: said.format(select=select) for view, said in _VIEWS.items()}
-  with matplotlib.rc_context(figures.STYLE):
-    sections = [
-      ("Training", _training(metrics, names)),
-      ("Accuracy on held-out videos", _accuracy(results, names)),
-      ("What the policy saw", _strips(strips)),
-      ("Shortcuts", _probes(results.get("probes", {}))),
-      ("Rollouts", _rollouts(rollouts, num_rollouts, names)),
-      ("Where the time goes", _times(metrics, results, manifest, names)),
-      ("Settings", _settings(manifest)),
-    ]
+  sections = [
+    ("Training", _training(metrics, names)),
+    ("Accuracy on held-out videos", _accuracy(results, names)),
+    ("What the policy saw", _strips(strips)),
+    ("Shortcuts", _probes(results.get("probes", {}))),
+    ("Rollouts", _rollouts(rollouts, num_rollouts, names)),
+    ("Where the time goes", _times(metrics, results, manifest, names)),
+    ("Settings", _settings(manifest)),
+  ]
   body = "".join(
     f"<section><h2>{title}</h2>{content}</section>"
     for title, content in sections
