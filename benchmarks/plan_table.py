@@ -18,6 +18,8 @@ import time
 
 from absl import app, flags
 
+from cf_jax.programs import plan
+
 _OUT = flags.DEFINE_string("out", "runs/plans", "results")
 _SECONDS = flags.DEFINE_float("seconds", 3600.0, "to begin cells in")
 _CELLS = flags.DEFINE_string("cells", "", "a regular expression")
@@ -63,7 +65,7 @@ def cells() -> dict[str, list[str]]:
 
 def row(name: str, folder: pathlib.Path) -> str:
   """One line of the table."""
-  path = folder / "plan.json"
+  path = folder / plan.RESULT_FILE
   size, kind, shape, frames = name.split("-")
   head = f"| {size.upper()} | {kind} {shape} | {frames[1:]} |"
   found = {"programs": []}
@@ -77,7 +79,9 @@ def row(name: str, folder: pathlib.Path) -> str:
     if each is None:
       words += ["unmeasured"] + ["-"] * (columns - 1)
       continue
-    gib = f"{each['peak_bytes'] / _GIB:.1f}"
+    gib = "?"  # where the compiler refused it without a figure
+    if each["peak_bytes"] is not None:
+      gib = f"{each['peak_bytes'] / _GIB:.1f}"
     if not each["fits"]:
       gib = f"**{gib}, does not fit**"
     elif each.get("near"):
@@ -90,6 +94,24 @@ def row(name: str, folder: pathlib.Path) -> str:
     if program == "update":
       words.append(f"{100 * each['mfu_bound']:.0f} %")
   return f"{head} {' | '.join(words)} |"
+
+
+def does_not_fit(folder: pathlib.Path, programs: str) -> bool:
+  """Is there a whole plan, and does it say so?
+
+  Args:
+    folder: of a cell.
+    programs: that were asked for, see `plan.named`; "": all of an update.
+  """
+  path = folder / plan.RESULT_FILE
+  if not path.exists():
+    return False
+  found = json.loads(path.read_text("utf-8"))
+  there = {each["program"] for each in found["programs"]}
+  lacking = set(plan.named(programs)) - there
+  if not programs:
+    lacking = set(found["totals"].get("update_lacks", ["unknown"]))
+  return not lacking and not found["totals"]["fits"]
 
 
 def write(out: pathlib.Path) -> None:
@@ -127,8 +149,13 @@ def main(argv: list[str]) -> None:
         stderr=subprocess.STDOUT,
         check=False,
       ).returncode
-    if code not in (0, 1):  # 1: it does not fit
-      print(f"{name} failed with exit code {code}: {out / name}.log")
+    if code == 2:  # a setting, or no compiler: so it would be for all
+      sys.exit((out / f"{name}.log").read_text("utf-8").splitlines()[-1])
+    if code:
+      # 1 is a plan that does not fit, and a planner that failed.
+      refused = does_not_fit(out / name, _PROGRAMS.value)
+      said = "does not fit" if refused else f"failed with exit code {code}"
+      print(f"{name} {said}: {out / name}.log", flush=True)
     write(out)
   write(out)
 

@@ -6,7 +6,8 @@
 Compiles every program of the run for a slice that need not be there, and says
 for each what a chip holds, computes and sends, whether it fits, and the least
 time that it takes. It reads no weights and no data and needs the TPU's
-compiler (pip install -e '.[plan]'), not a TPU. Exit code 1: it does not fit.
+compiler (pip install -e '.[plan]'), not a TPU. Exit code 1: it does not fit
+(plan.json: totals.fits is false), or the planner failed (a traceback).
 
   --config.changes="mesh.fsdp=16 mesh.tensor=4 rl.micro_batches=2"
 
@@ -39,8 +40,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.programs = ""
   config.largest = 8  # arrays that are named, of each program
   # For TPUs: True makes the programs' machine code too, which takes several
-  # times as long. Its size (tens of MiB a program) is then in the figures, and
-  # a kernel that no code can be made of is found.
+  # times as long. Figures are then those of the whole compilation, by gigabytes
+  # more (temporary memory of the 7B update 7.5 against 4.9 GiB, docs/scale.md),
+  # and a kernel that no code can be made of is found.
   config.machine_code = False
 
   config.distributed = False  # True: jax.distributed.initialize() first

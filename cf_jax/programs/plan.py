@@ -14,6 +14,7 @@ Axes: `B` videos, `G` completions per video, `K` keyframe slots, `N` encoded
 slices, `P` visual tokens per slice, `S` prompt slots, `C` completion slots.
 """
 
+import ast
 import dataclasses
 import functools
 import importlib.util
@@ -30,7 +31,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ _GIB = 2.0**30
 _BLOCK = 512  # of `kernels.splash`, at these lengths
 _INT, _FLOAT = np.dtype("int32"), np.dtype("float32")
 _MORE = 3  # exit code of a process that has compiled one program
+_SAID = 4  # of one that has told why it cannot
 # What the compiler writes last before it makes machine code.
 _LAID_OUT = "*.after_optimizations_after_buffer_assignment.txt"
 # A whole compilation has said up to so much more temporary memory than the
@@ -63,12 +65,29 @@ _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 # ------------------------------------------------------------------ the target
 
 
+def _value(text: str) -> Any:
+  """What JSON or, where it is none, Python reads: lists become tuples.
+
+  Raises:
+    ValueError: neither reads it.
+  """
+  try:
+    value = json.loads(text)
+  except ValueError:
+    try:
+      value = ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError):
+      raise ValueError(f"no value: {text!r}") from None
+  return tuple(value) if isinstance(value, list) else value
+
+
 def read_target(path: str, changes: str) -> ml_collections.ConfigDict:
   """A run's config with some settings changed.
 
   Args:
     path: "configs/NAME.py" or "configs/NAME.py:ARG".
-    changes: "mesh.tensor=4 rl.micro_batches=2".
+    changes: "mesh.tensor=4 rl.micro_batches=2"; values as in JSON or Python,
+      without spaces, those of text as they are.
 
   Raises:
     ValueError: no such file, another program than "train", or a setting that
@@ -77,11 +96,17 @@ def read_target(path: str, changes: str) -> ml_collections.ConfigDict:
   file, colon, arg = path.partition(":")
   if not os.path.isfile(file):
     raise ValueError(f"config.target: there is no file {file!r}")
-  config = runpy.run_path(file)["get_config"](*([arg] if colon else []))
-  if config.program != "train":
+  get_config = runpy.run_path(file).get("get_config")
+  if get_config is None:
+    raise ValueError(
+      f"config.target must be a config of the program 'train'; {file} has no"
+      " get_config"
+    )
+  config = get_config(*([arg] if colon else []))
+  if config.get("program") != "train":
     raise ValueError(
       f"config.target must be a config of the program 'train', got {path}"
-      f" of {config.program!r}"
+      f" of {config.get('program')!r}"
     )
   config.lock()
   for entry in changes.split():
@@ -98,12 +123,11 @@ def read_target(path: str, changes: str) -> ml_collections.ConfigDict:
       raise ValueError(f"config.changes: expected {name}=VALUE, got {entry!r}")
     if not isinstance(old, str):
       try:
-        value = json.loads(value.replace("(", "[").replace(")", "]").lower())
+        value = _value(value)
       except ValueError:
         raise ValueError(
           f"config.changes: {entry!r} has no value like {old!r}"
         ) from None
-      value = tuple(value) if isinstance(value, list) else value
     try:
       config.update_from_flattened_dict({name: value})
     except TypeError as error:
@@ -124,6 +148,9 @@ def describe(
     size: of `model_config.SIZES`, where the run's directory would say it.
     where: devices to compile for.
     workdir: of this program.
+
+  Raises:
+    ValueError: the run cannot be divided over these devices.
   """
   mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
   if config.tokenizer or config.init_from:
@@ -134,11 +161,12 @@ def describe(
     fields = {**config.model, "size": config.model.size or size}
     model = model_config.make(**fields)
     eos_id = model.eos_token_id
+  experiment_lib.check_mesh(config, model, mesh)
   if model.attention == "auto":
-    # As `kernels.choose` would there.
-    model = dataclasses.replace(
-      model, attention="splash" if where.chip else "xla"
-    )
+    # As `kernels.choose` would there; a decoder whose slots are split takes
+    # XLA's, and there is one setting for both towers (`not_counted`).
+    splash = where.chip and mesh.shape["context"] == 1
+    model = dataclasses.replace(model, attention="splash" if splash else "xla")
   if mesh.size > 1:
     model = dataclasses.replace(model, mesh=mesh)
   grid = patches.grid_of(
@@ -191,6 +219,32 @@ class Program(NamedTuple):
   a_step: int
   seen: float
   passes_on: bool
+
+
+def calls_of(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Name of each program of a run -> calls in an update, in the run's order.
+
+  Args:
+    config: the run's.
+  """
+  arms = reinforce.contrast_arms(config)
+  contrastive = bool(config.contrastive.weight)
+  found = {"vision": 1, "prefill": 1, "unstack": 1, "decode": 1}
+  if arms.sampled:
+    found["prefill, other arms"] = len(arms.sampled)
+    found["decode, other arms"] = len(arms.sampled)
+  if arms.scored or config.rl.importance_cap:
+    found["score"] = 1
+  if reinforce.deletes_frames(config):
+    found["deletion"] = 1
+  if reinforce.uses_reference(config) or contrastive:
+    found["reference"] = reinforce.uses_reference(config) + contrastive
+  found["update"] = config.rl.updates_per_batch
+  for name in ("vision", "prefill", "decode"):
+    found[f"evaluate: {name}"] = 0
+  if config.sft.max_steps and not config.sft.from_run:
+    found["cold start"] = 0
+  return found
 
 
 class Shapes:
@@ -273,6 +327,48 @@ def _placed(made: Any, compiled: jax.stages.Compiled) -> Any:
   )
 
 
+def _by_rules(tree: Any, mesh: jax.sharding.Mesh, rules: tuple) -> Any:
+  """Shapes, with the places that rules give them."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    tree,
+    sharding.tree_shardings(tree, mesh, rules),
+  )
+
+
+def cache_bytes(
+  model: model_config.VLMConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  rows: int,
+  group: int,
+  prompt: int,
+  length: int,
+) -> int:
+  """Bytes of keys and values on each device while a batch is decoded.
+
+  Args:
+    model: the policy's shape.
+    mesh: that decodes, see `sharding.decoding_mesh`.
+    rows: B videos, of all devices.
+    group: G completions of each.
+    prompt: S slots.
+    length: C slots.
+  """
+  shape = (rows, model.num_key_value_heads, prompt, model.head_dim)
+  layer = jax.ShapeDtypeStruct(shape, np.dtype(model.dtype))
+  layers = (layer,) * model.num_hidden_layers
+  caches = {
+    "prefix_cache": {"key": layers, "value": layers},
+    "cache": jax.eval_shape(
+      lambda: vlm.init_completion_cache(model, rows, group, length)
+    ),
+  }
+  return chips.device_bytes(_by_rules(caches, mesh, sharding.DECODING_RULES))
+
+
 def _guessed(made: Any, experiment: experiment_lib.Experiment) -> Any:
   """The results of a program that was not compiled.
 
@@ -282,19 +378,10 @@ def _guessed(made: Any, experiment: experiment_lib.Experiment) -> Any:
   mesh = experiment.mesh
   decoding = sharding.decoding_mesh(mesh, experiment.model.num_key_value_heads)
 
-  def placed(tree, mesh, rules):
-    return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place
-      ),
-      tree,
-      sharding.tree_shardings(tree, mesh, rules),
-    )
-
   if isinstance(made, sampling.Decoding):
-    return placed(made, decoding, sharding.DECODING_RULES)
+    return _by_rules(made, decoding, sharding.DECODING_RULES)
   if isinstance(made, dict) and "decoder" in made:
-    return placed(made, decoding, sharding.COPY_RULES)
+    return _by_rules(made, decoding, sharding.COPY_RULES)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
   def place(leaf):
@@ -319,6 +406,7 @@ def programs(
   params = policies.abstract_params(config, model, experiment.mesh)
   stage = experiment_lib.describe_stage(experiment, "rl", params)
   state, frozen = stage.state, stage.frozen
+  calls = calls_of(config)
   always = {
     "optimizer": state.opt_state,
     "reference": state.params,  # where the run started, for KL and evaluation
@@ -337,9 +425,7 @@ def programs(
   rescores = bool(config.rl.importance_cap)
   prompt = np.full(rows, config.prompt.max_tokens)
   told = np.full((rows, group), length)
-  references = reinforce.uses_reference(config) + bool(
-    config.contrastive.weight
-  )
+  references = calls.get("reference", 0)
   made = flops.grpo_step(
     model,
     state.params,
@@ -357,7 +443,6 @@ def programs(
   def program(
     name, step, *args, beside=None, rounds=1, model_flops=0.0, **more
   ):
-    a_step = more.pop("a_step", 1)
     passes_on = more.pop("passes_on", False)
     static = more
     if hasattr(step, "func"):  # of `SampleSteps`
@@ -371,7 +456,7 @@ def programs(
       always if beside is None else always | beside,
       rounds,
       model_flops,
-      a_step,
+      calls[name],
       seen_by.get(name.rpartition(": ")[2], packed),
       passes_on,
     )
@@ -430,7 +515,7 @@ def programs(
     logprob=scores,
     finished=shapes.array(rows, group, dtype=bool),
   )
-  if shapes.arms.sampled:
+  if "decode, other arms" in calls:
     other = experiment_lib.make_sample_steps(
       experiment,
       **dict(config.sampling)
@@ -444,7 +529,6 @@ def programs(
       encoded,
       seed,
       beside={"to decode with": apart},
-      a_step=len(shapes.arms.sampled),
       passes_on=True,
     )
     yield program(
@@ -454,11 +538,10 @@ def programs(
       begun,
       beside={"parameters": params, "encoded": encoded},
       rounds=length - 1,
-      a_step=len(shapes.arms.sampled),
     )
 
   # -- scores
-  if view_of:
+  if "score" in calls:
     yield program(
       "score",
       rl_steps.make_score_step(experiment),
@@ -468,7 +551,7 @@ def programs(
       rollout,
       model_flops=made["score"] + rescores * (made["prefill"] + made["decode"]),
     )
-  if shapes.blank:
+  if "deletion" in calls:
     yield program(
       "deletion",
       rl_steps.make_deletion_step(experiment),
@@ -486,7 +569,7 @@ def programs(
   if not stage.trains_vision:
     shown = shapes.array(*encoded.shape, dtype=encoded.dtype)
     shown = shapes.array(rows, slots, *encoded.shape[2:], dtype=encoded.dtype)
-  if references:
+  if "reference" in calls:
     # The reference has buffers of its own; those that train are beside it.
     yield program(
       "reference",
@@ -497,7 +580,6 @@ def programs(
       shown,
       rollout,
       model_flops=made["reference"] / references,
-      a_step=references,
     )
 
   # -- update
@@ -530,7 +612,6 @@ def programs(
     # The optimizer is among its arguments.
     beside={"optimizer": None},
     model_flops=made["update"] * (1 + bool(config.contrastive.weight)),
-    a_step=config.rl.updates_per_batch,
   )
 
   # -- evaluation
@@ -542,7 +623,7 @@ def programs(
   many = "uniform" in config.evaluation.arms
   pixel = shapes.pixel(rows, slots * (1 + many))
   encoded = yield program(
-    "evaluate: vision", encode, params, pixel, a_step=0, passes_on=True
+    "evaluate: vision", encode, params, pixel, passes_on=True
   )
   begun = yield program(
     "evaluate: prefill",
@@ -552,7 +633,6 @@ def programs(
     encoded,
     shapes.seed(rows),
     beside={"to decode with": apart},
-    a_step=0,
     passes_on=True,
   )
   yield program(
@@ -562,11 +642,10 @@ def programs(
     begun,
     beside={"parameters": params, "encoded": encoded},
     rounds=length - 1,
-    a_step=0,
   )
 
   # -- cold start
-  if config.sft.max_steps and not config.sft.from_run:
+  if "cold start" in calls:
     start = experiment_lib.describe_stage(experiment, "sft", params)
     rows = config.sft.batch_size
     one = shapes.array(rows, 1, length, dtype=_FLOAT)
@@ -586,7 +665,6 @@ def programs(
         ),
       ),
       beside={"optimizer": None, "reference": None},
-      a_step=0,
     )
 
 
@@ -607,20 +685,6 @@ def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
     "code": code,
     "peak": arguments + results + temporary + code,
   }
-
-
-_NEEDED = re.compile(
-  r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT]?)"
-)
-
-
-def _failed_bytes(message: str) -> float:
-  """What a program needs that the compiler refused, as its message says."""
-  found = _NEEDED.search(message)
-  if not found:
-    return math.inf
-  scale = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}[found.group(2)]
-  return float(found.group(1)) * 1024**scale
 
 
 _SPLASH = re.compile(r"splash_mha_(fwd|dkv|dq)")
@@ -719,6 +783,35 @@ def _laid_out(
   return text, hlo.assigned(buffers[0].read_text("utf-8"))
 
 
+def _refused(said: hlo.Refusal, arguments: int, beside: int) -> dict[str, Any]:
+  """The row of a program that the compiler does not make; bytes of a device.
+
+  A figure that the compiler does not say is None.
+  """
+  peak = said.peak
+  if peak is None and said.beside_arguments is not None:
+    peak = said.beside_arguments + arguments
+  return {
+    "fits": False,
+    "near": False,
+    "memory": {
+      "temporary": None if peak is None else max(0.0, peak - arguments),
+      "peak": peak,
+    },
+    "peak_bytes": None if peak is None else peak + beside,
+    "largest": _named(said.largest),
+    "refused": said.said,
+    "refused_for": said.space,
+  }
+
+
+def _named(arrays):
+  return [
+    {"bytes": size, "shape": shape, "made_by": made_by}
+    for size, shape, made_by in arrays
+  ]
+
+
 def _measure(program, where, experiment, largest, folder):
   """Compiles one program; (its row of the results, results' shapes).
 
@@ -750,14 +843,15 @@ def _measure(program, where, experiment, largest, folder):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    needed = _failed_bytes(str(error))
-    row |= {
-      "fits": False,
-      "memory": {"temporary": needed, "peak": needed + row["arguments_bytes"]},
-      "peak_bytes": needed + row["arguments_bytes"] + beside,
-      "refused": str(error)[:4000],
-      "compile_s": round(time.monotonic() - begin, 1),
-    }
+    said = hlo.refusal(str(error))
+    if not said.largest and folder is not None:
+      # It writes down what it gave up on.
+      for path in folder.glob("*.after_optimizations.txt"):
+        arrays = hlo.largest_arrays(path.read_text("utf-8"), largest)
+        said = said._replace(largest=arrays)
+    said = said._replace(largest=said.largest[:largest])
+    row |= _refused(said, row["arguments_bytes"], beside)
+    row["compile_s"] = round(time.monotonic() - begin, 1)
     return row, _guessed(traced.out_info, experiment)
   peaks = {}
   if where.chip:
@@ -783,10 +877,7 @@ def _measure(program, where, experiment, largest, folder):
     ),
     "memory": memory,
     "peak_bytes": peak,
-    "largest": [
-      {"bytes": size, "shape": shape, "made_by": made_by}
-      for size, shape, made_by in hlo.largest_arrays(text, largest)
-    ],
+    "largest": _named(hlo.largest_arrays(text, largest)),
     "flops": cost.flops,
     "bytes": cost.read + cost.written,
     "collectives": [
@@ -823,20 +914,26 @@ def helpful(
     config: of the run.
     parts: data x fsdp devices.
   """
+  if row.get("refused_for", "hbm") not in ("", "hbm"):
+    return []  # a kernel's own memory: none of these
   held = row["arguments_bytes"] + row["beside_bytes"]
   peak = row["peak_bytes"]
   said = []
-  if held > 0.4 * peak:
+  if peak is None or held > 0.4 * peak:
     said.append(
       "mesh.fsdp or mesh.tensor larger (or a larger slice): parameters,"
       " optimizer and caches are divided by them"
     )
     if not config.lora.rank:
       said.append("lora.rank=64: only adapters have an optimizer")
-  if held < 0.8 * peak:
+  if peak is None or held < 0.8 * peak:
     rows = config.rl.prompts_per_step
-    if row["program"] == "update" and config.model.remat != "full":
-      said.append("model.remat=full")
+    if row["program"] == "update" and config.model.get("remat") != "full":
+      settable = "remat" in config.model
+      said.append(
+        "model.remat=full"
+        + ("" if settable else " (in the config's file, which does not set it)")
+      )
     each = rows // parts  # prompts of a device
     if row["program"] == "update" and each > config.rl.micro_batches:
       said.append(
@@ -923,25 +1020,36 @@ def plan(
     return _plan(config, workdir, to_the_end=True)
   check_compiler(config.topology)
   target = read_target(config.target, config.changes)
+  _check_names(config.programs, target)
   where = chips.open_slice(config.topology, config.num_slices)
   Shapes(describe(target, config.size, where, workdir))  # or a ValueError
   code = _MORE
   while code == _MORE:
-    working = multiprocessing.get_context("spawn").Process(
-      target=_compile_one, args=(config.to_dict(), workdir)
+    context = multiprocessing.get_context("spawn")
+    heard, told = context.Pipe(duplex=False)
+    working = context.Process(
+      target=_compile_one, args=(config.to_dict(), workdir, told)
     )
     working.start()
+    told.close()
     working.join()
     code = working.exitcode
+    if code == _SAID:
+      raise ValueError(heard.recv())
   if code:
     raise RuntimeError(f"a process that compiles ended with exit code {code}")
-  result = json.loads((workdir / RESULT_FILE).read_text("utf-8"))
-  unknown = set(named(config.programs)) - {
-    row["program"] for row in result["programs"]
-  }
+  return json.loads((workdir / RESULT_FILE).read_text("utf-8"))
+
+
+def _check_names(programs: str, target: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError for a program that the run does not have."""
+  there = list(calls_of(target))
+  unknown = [name for name in named(programs) if name not in there]
   if unknown:
-    raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
-  return result
+    raise ValueError(
+      f"config.programs: this run has no {unknown}; it has {there} (a name of"
+      ' several words ends with ";")'
+    )
 
 
 def named(programs: str) -> list[str]:
@@ -950,11 +1058,16 @@ def named(programs: str) -> list[str]:
   return [part.strip() for part in parts if part.strip()]
 
 
-def _compile_one(settings, workdir):
+def _compile_one(settings, workdir, told):
   """Compiles the first program that is wanted and not there, and ends."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  _plan(ml_collections.ConfigDict(settings), workdir, to_the_end=False)
+  try:
+    _plan(ml_collections.ConfigDict(settings), workdir, to_the_end=False)
+  except ValueError as error:  # a setting: the parent says it
+    told.send(str(error))
+    sys.stderr.flush()
+    os._exit(_SAID)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(0)  # whatever the compiler still does
@@ -964,6 +1077,7 @@ def _plan(config, workdir, *, to_the_end):
   """`plan` in this process; else one program, after which the process ends."""
   check_compiler(config.topology)
   target = read_target(config.target, config.changes)
+  _check_names(config.programs, target)
   where = chips.open_slice(config.topology, config.num_slices)
   experiment = describe(target, config.size, where, workdir)
   shapes = Shapes(experiment)
@@ -975,7 +1089,9 @@ def _plan(config, workdir, *, to_the_end):
     target.sampling.max_tokens,
   )
   slots = shapes.rows * (target.prompt.max_tokens + group * length)
-  parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+  mesh, calls = experiment.mesh, calls_of(target)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  heads = experiment.model.num_key_value_heads
   result = {
     "settings": _fingerprint(config, target),
     "slice": {
@@ -983,7 +1099,7 @@ def _plan(config, workdir, *, to_the_end):
       "num_slices": where.num_slices,
       "chips": where.num_chips,
       "hosts": where.num_hosts,
-      "mesh": dict(experiment.mesh.shape),
+      "mesh": dict(mesh.shape),
       "chip": where.chip and where.chip._asdict(),
     },
     "batch": {
@@ -999,10 +1115,18 @@ def _plan(config, workdir, *, to_the_end):
       "parameters": chips.device_bytes(params),
       "optimizer": chips.device_bytes(stage.state.opt_state),
       "reference": chips.device_bytes(stage.state.params),
-      # Keys and values are split over the batch, and nothing else.
-      "cache": vlm.cache_bytes(experiment.model, slots) // parts,
+      "cache": cache_bytes(
+        experiment.model,
+        sharding.decoding_mesh(mesh, heads),
+        rows=shapes.rows,
+        group=group,
+        prompt=target.prompt.max_tokens,
+        length=length,
+      ),
     },
-    "not_counted": not_counted(where, chips.device_bytes(params)),
+    "not_counted": not_counted(
+      where, chips.device_bytes(params), mesh.shape["context"]
+    ),
     "programs": [],
   }
   known = _known(workdir / RESULT_FILE, result["settings"])
@@ -1015,7 +1139,7 @@ def _plan(config, workdir, *, to_the_end):
       if to_the_end:
         logging.info("%s: as compiled before", program.name)
       result["programs"].append(known[program.name])
-      result["totals"] = totals(result, where)
+      result["totals"] = totals(result, where, calls)
     elif asked:
       logging.info("%s: compiling for %s", program.name, where.name)
       folder = None
@@ -1029,16 +1153,16 @@ def _plan(config, workdir, *, to_the_end):
       if not row["fits"]:
         row["would_help"] = helpful(row, target, parts)
       result["programs"].append(row)
-      result["totals"] = totals(result, where)
+      result["totals"] = totals(result, where, calls)
       telemetry.write_json(workdir / RESULT_FILE, result)
       logging.info(
-        "%s: %.2f GiB a device, %.0f s to compile",
+        "%s: %s GiB a device, %.0f s to compile",
         row["program"],
-        row["peak_bytes"] / _GIB,
+        _gib(row["peak_bytes"]),
         row["compile_s"],
       )
       if not to_the_end:
-        _keep(result, known, where, workdir)
+        _keep(result, known, where, calls, workdir)
         sys.stderr.flush()
         os._exit(_MORE)
     if made is None and program.passes_on:
@@ -1051,40 +1175,50 @@ def _plan(config, workdir, *, to_the_end):
       program = stream.send(made)
     except StopIteration:
       program = None
-  _keep(result, known, where, workdir)
-  unknown = set(wanted) - {row["program"] for row in result["programs"]}
-  if unknown and to_the_end:
-    raise ValueError(f"config.programs: this run has no {sorted(unknown)}")
+  _keep(result, known, where, calls, workdir)
   return result
 
 
-def _keep(result, known, where, workdir):
+def _keep(result, known, where, calls, workdir):
   """Writes the results; programs of an earlier call stay."""
   done = {row["program"] for row in result["programs"]}
   result["programs"] += [row for n, row in known.items() if n not in done]
-  result["totals"] = totals(result, where)
+  result["totals"] = totals(result, where, calls)
   telemetry.write_json(workdir / RESULT_FILE, result)
 
 
-def totals(result: dict[str, Any], where: chips.Slice) -> dict[str, Any]:
+def totals(
+  result: dict[str, Any], where: chips.Slice, calls: Mapping[str, int]
+) -> dict[str, Any]:
   """Of all programs that were compiled so far.
 
   Args:
     result: as in `plan`.
     where: it was compiled for.
+    calls: of `calls_of`.
+
+  Returns:
+    `fits`; `peak_bytes` and `peak_in` of the largest program, None where the
+    compiler said none; `update_lacks`, the programs of an update that are not
+    there. Where none is lacking and all have a time, that of an update.
   """
-  rows = result["programs"]
-  worst = max(rows, key=lambda row: row["peak_bytes"])
+  rows = {row["program"]: row for row in result["programs"]}
+  known = [row for row in rows.values() if row["peak_bytes"] is not None]
+  worst = max(known, key=lambda row: row["peak_bytes"], default={})
   made = {
-    "fits": all(row["fits"] for row in rows),
-    "peak_bytes": worst["peak_bytes"],
-    "peak_in": worst["program"],
+    "fits": all(row["fits"] for row in rows.values()),
+    "peak_bytes": worst.get("peak_bytes"),
+    "peak_in": worst.get("program"),
+    "update_lacks": [
+      n for n, count in calls.items() if count and n not in rows
+    ],
   }
-  times = [row.get("time", {}).get("bound_s") for row in rows]
-  if where.chip and None not in times:
+  update = [rows[name] for name in calls if calls[name] and name in rows]
+  times = [row.get("time", {}).get("bound_s") for row in update]
+  if where.chip and not made["update_lacks"] and None not in times:
     for name in ("bound_s", "serial_s"):
       made[f"update_{name}"] = sum(
-        row["calls_per_update"] * row["time"][name] for row in rows
+        calls[row["program"]] * row["time"][name] for row in update
       )
     made["chip_hours_per_1000_updates"] = (
       where.num_chips * made["update_serial_s"] * 1000 / 3600
@@ -1092,12 +1226,15 @@ def totals(result: dict[str, Any], where: chips.Slice) -> dict[str, Any]:
   return made
 
 
-def not_counted(where: chips.Slice, parameter_bytes: int) -> list[str]:
+def not_counted(
+  where: chips.Slice, parameter_bytes: int, context: int = 1
+) -> list[str]:
   """What a plan's times leave out on these slices, a sentence each.
 
   Args:
     where: it is compiled for.
     parameter_bytes: of a device; a gradient has as many.
+    context: devices along this axis of the mesh.
   """
   found = []
   if where.num_slices > 1:
@@ -1110,10 +1247,41 @@ def not_counted(where: chips.Slice, parameter_bytes: int) -> list[str]:
       "collectives: the compiler hands most of them to another unit, in a form"
       " that is not read here; so there is no bound, only what a chip does"
     )
+  if where.chip and context > 1:
+    found.append(
+      "splash in the vision tower: with mesh.context above 1 the decoder takes"
+      " XLA's attention, and both towers are planned with it"
+    )
   return found
 
 
 # ------------------------------------------------------------------------- run
+
+
+def _gib(size: float | None) -> str:
+  """A size in GiB, "?" where it is not known."""
+  return "?" if size is None else f"{size / _GIB:.2f}"
+
+
+def _wanting(row: dict[str, Any]) -> str:
+  """What the compiler had too little of, where it names no size."""
+  space = row.get("refused_for", "")
+  if space in ("", "hbm"):
+    return "memory, it does not say how much"
+  return f"{space}, a chip's own memory for its kernels, not its main memory"
+
+
+def _sent(row: dict[str, Any]) -> str:
+  """A program's collectives by kind: "all-gather 43.1 GB in 204"."""
+  kinds = {}
+  for each in row.get("collectives", ()):
+    count, size = kinds.get(each["kind"], (0, 0))
+    kinds[each["kind"]] = count + each["count"], size + each["bytes"]
+  largest = sorted(kinds.items(), key=lambda kind: -kind[1][1])
+  return ", ".join(
+    f"{kind} {size / 1e9:.3g} GB in {count:.0f}"
+    for kind, (count, size) in largest
+  )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -1137,17 +1305,28 @@ def show(result: dict[str, Any]) -> None:
       else "not limited",
     },
   )
-  columns = ["program", "GiB", "TFLOP", "GB", "GB sent"]
+  telemetry.closing_table(
+    "memory of each device, GiB (temporary: activations)",
+    ["program", "all", "arguments", "beside them", "temporary"],
+    [
+      [
+        row["program"]
+        + ("" if row["fits"] else "  DOES NOT FIT")
+        + ("  MAY NOT FIT" if row.get("near") else ""),
+        _gib(row["peak_bytes"]),
+        _gib(row["arguments_bytes"]),
+        _gib(row["beside_bytes"]),
+        _gib(row["memory"]["temporary"]),
+      ]
+      for row in result["programs"]
+    ],
+  )
+  columns = ["program", "TFLOP", "GB", "GB sent"]
   if chip:
     columns += ["chip ms", "sent ms", "MFU <="]
   lines = []
   for row in result["programs"]:
-    line = [
-      row["program"]
-      + ("" if row["fits"] else "  DOES NOT FIT")
-      + ("  MAY NOT FIT" if row.get("near") else ""),
-      f"{row['peak_bytes'] / _GIB:.2f}",
-    ]
+    line = [row["program"]]
     if "flops" in row:
       line += [
         f"{row['flops'] / 1e12:.3g}",
@@ -1163,6 +1342,10 @@ def show(result: dict[str, Any]) -> None:
       line.append(f"{100 * share:.1f} %" if share else "")
     lines.append(line + [""] * (len(columns) - len(line)))
   telemetry.closing_table("each program, on each device", columns, lines)
+  for row in result["programs"]:
+    sent = _sent(row)
+    if sent and (chip is None or chip["tells_collectives"]):
+      logging.info("%s sends: %s", row["program"], sent)
   for row in result["programs"]:
     if row.get("uncounted_kernels"):
       logging.warning(
@@ -1188,19 +1371,29 @@ def show(result: dict[str, Any]) -> None:
       found["update_serial_s"],
       found["chip_hours_per_1000_updates"],
     )
+  elif chip and chip["tells_collectives"] and found["update_lacks"]:
+    logging.info(
+      "an update's time needs all of its programs; not planned: %s",
+      ", ".join(found["update_lacks"]),
+    )
   for row in result["programs"]:
     if row["fits"]:
       continue
-    over = f" of {chip['hbm_bytes'] / _GIB:.2f}" if chip else ""
-    logging.error(
-      "%s needs %.2f GiB%s: arguments %.2f, beside them %.2f, temporary %.2f",
-      row["program"],
-      row["peak_bytes"] / _GIB,
-      over,
-      row["arguments_bytes"] / _GIB,
-      row["beside_bytes"] / _GIB,
-      row["memory"]["temporary"] / _GIB,
-    )
+    if row["peak_bytes"] is None:
+      logging.error(
+        "%s is refused for want of %s", row["program"], _wanting(row)
+      )
+    else:
+      over = f" of {chip['hbm_bytes'] / _GIB:.2f}" if chip else ""
+      logging.error(
+        "%s needs %.2f GiB%s: arguments %.2f, beside them %.2f, temporary %.2f",
+        row["program"],
+        row["peak_bytes"] / _GIB,
+        over,
+        row["arguments_bytes"] / _GIB,
+        row["beside_bytes"] / _GIB,
+        row["memory"]["temporary"] / _GIB,
+      )
     for array in row.get("largest", ()):
       logging.error(
         "  %8.2f GiB %s (%s)",

@@ -104,8 +104,11 @@ def open_slice(topology: str, num_slices: int) -> Slice:
     num_slices: slices of that shape, joined by the data centre's network.
 
   Raises:
-    ValueError: not a topology, no compiler for it, or too few CPU devices.
+    ValueError: not a topology or a number of slices, no compiler for it, or
+      too few CPU devices.
   """
+  if num_slices < 1:
+    raise ValueError(f"config.num_slices must be 1 or more, got {num_slices}")
   match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
   kind, shape = match.groups() if match else ("", "")
   if kind == "cpu":

@@ -466,6 +466,79 @@ def assigned(text: str) -> dict[str, int]:
   return found | {"peak": sum(found.values())}
 
 
+class Refusal(NamedTuple):
+  """What the TPU's compiler says of a program that it refuses.
+
+  Attributes:
+    said: its first sentences.
+    space: "hbm" for main memory, "vmem" and others for those on the chip; ""
+      where it names none.
+    peak: bytes of main memory, arguments among them; None where it says none.
+    beside_arguments: the same without arguments, in another form of message.
+    largest: as of `largest_arrays`, where it lists them.
+  """
+
+  said: str
+  space: str
+  peak: float | None
+  beside_arguments: float | None
+  largest: list[tuple[int, str, str]]
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
+# "HLO temporaries" has the arguments in it: of a program that sums up one
+# array, the message says the size of the array.
+_WHOLE = re.compile(rf"required for HLO temporaries \({_SIZE}B?\)")
+_USED = re.compile(rf"Used {_SIZE}B? of [\d.]+[KMGT]?B? hbm")
+_LISTED = re.compile(rf"^\s*\d+\. Size: {_SIZE}", re.MULTILINE)
+_SAID_LENGTH = 400
+
+
+def _size_of(number: str, unit: str) -> float:
+  return float(number) * 1024 ** " KMGT".index(unit or " ")
+
+
+def refusal(message: str) -> Refusal:
+  """Reads a RESOURCE_EXHAUSTED of the TPU's compiler.
+
+  Args:
+    message: "... HLO temporaries (17.39G) exceeds available HBM (15.75G)." or
+      "... Used 63.80G of 30.75G hbm. ..." and a list of allocations.
+  """
+  space = re.search(r"memory space (\w+)|out of memory on (\w+)", message)
+  space = (space.group(1) or space.group(2)).lower() if space else ""
+  whole, used = _WHOLE.search(message), _USED.search(message)
+  listed = message.partition("Largest program allocations in hbm:")[2]
+  listed = listed.partition("Largest program allocations in")[0]
+  # What is before an entry, then for each its size, its unit and its lines.
+  _, *parts = _LISTED.split(listed)
+  largest = []
+  for number, unit, lines in zip(
+    parts[::3], parts[1::3], parts[2::3], strict=True
+  ):
+    shape = re.search(r"Shape: ([^\s{]+)", lines)
+    place = re.search(r'op_name="([^"]*)"', lines) or re.search(
+      r"Allocation type: (.*)", lines
+    )
+    largest.append(
+      (
+        int(_size_of(number, unit)),
+        shape.group(1) if shape else "",
+        place.group(1) if place else "",
+      )
+    )
+  said = " ".join(message.partition("\n\n")[0].split())
+  if len(said) > _SAID_LENGTH:
+    said = said[:_SAID_LENGTH] + " ..."
+  return Refusal(
+    said,
+    space,
+    _size_of(*whole.groups()) if whole else None,
+    _size_of(*used.groups()) if used else None,
+    largest,
+  )
+
+
 def largest_arrays(text: str, count: int) -> list[tuple[int, str, str]]:
   """The largest arrays that a program makes in main memory.
 

@@ -225,16 +225,19 @@ def check_model(model: Any, mesh: Mesh) -> None:
     mesh: the run's.
   """
   parts = mesh.shape["tensor"]
-  for name, heads in (
-    ("num_attention_heads", model.num_attention_heads),
-    ("vision.num_heads", model.vision.num_heads),
-  ):
-    if heads % parts:
-      fit = [n for n in range(1, heads + 1) if heads % n == 0]
+  heads = {
+    "num_attention_heads": model.num_attention_heads,
+    "vision.num_heads": model.vision.num_heads,
+  }
+  for name, number in heads.items():
+    if number % parts:
+      common = math.gcd(*heads.values())
+      fit = [n for n in range(1, common + 1) if common % n == 0]
       raise ValueError(
-        f"config.mesh.tensor={parts} does not divide the {heads} heads of"
+        f"config.mesh.tensor={parts} does not divide the {number} heads of"
         f" {name}: each device would compute all of them; set it to one of"
-        f" {fit}, and give the other devices to config.mesh.fsdp"
+        f" {fit}, which divide all of {heads}, and give the other devices to"
+        " config.mesh.fsdp"
       )
 
 

@@ -1,10 +1,14 @@
 """Slices of TPUs and the seconds that collectives take there."""
 
+import importlib.util
+import subprocess
+import sys
 import types
 
 import pytest
 
 from cf_jax.runtime import chips, hlo
+from tests.conftest import ROOT
 
 
 def slice_of(kind, *shape, num_slices=1):
@@ -82,6 +86,32 @@ def test_where_collectives_are_not_told_there_is_no_bound():
 def test_what_is_no_topology_says_so(topology, words):
   with pytest.raises(ValueError, match=words):
     chips.open_slice(topology, 1)
+
+
+@pytest.mark.parametrize("num_slices", [0, -1])
+def test_there_is_a_slice(num_slices):
+  with pytest.raises(ValueError, match="num_slices must be 1 or more"):
+    chips.open_slice("v5p:4x4x4", num_slices)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (pip install -e '.[plan]')",
+)
+def test_the_two_cores_of_a_v4_are_one_device():
+  """In a process of its own, where nobody else needs the compiler."""
+  source = """
+from cf_jax.programs import plan
+from cf_jax.runtime import chips
+plan.check_compiler("v4:2x2x4")
+where = chips.open_slice("v4:2x2x4", 1)
+print(len(where.devices), where.num_chips, where.num_hosts)
+"""
+  ran = subprocess.run(
+    [sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT
+  )
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  assert ran.stdout.split() == ["16", "16", "4"]
 
 
 def test_bytes_of_a_device():

@@ -249,3 +249,83 @@ ENTRY %main (start: (u32[], f32[6,128])) -> (u32[], f32[6,128]) {
 }
 """
   assert hlo.count(text).written == 7 * 6 * 128 * 4
+
+
+# As the compiler said it: jax 0.10.2 for v5e, an older one for v4 (cut), and
+# again 0.10.2.
+_TEMPORARIES = (
+  "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for"
+  " HLO temporaries (19.53G) exceeds available HBM (15.75G)."
+)
+_LISTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of \
+memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity \
+by 33.05G.
+
+Total hbm usage >= 65.05G:
+    reserved          1.25G
+    program          63.80G
+    arguments            0B
+
+Program hbm requirement 63.80G:
+    global            1.14M
+    scoped            4.56M
+    HLO temp         63.79G (100.0% utilization)
+
+  Largest program allocations in hbm:
+
+  1. Size: 2.00G
+     Operator: op_name="jit(train_step)/jvp(Model)/dot_general" source_line=1059
+     Shape: f32[32,4096,4096]{1,2,0:T(8,128)}
+     Unpadded size: 2.00G
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.0M
+     Shape: bf16[32,4096,2048]{2,1,0}
+     Unpadded size: 512.0M
+     Allocation type: scoped
+     ==========================
+
+  Largest program allocations in vmem:
+
+  1. Size: 3.00M
+     Shape: f32[1024,768]{1,0}
+"""
+_VMEM = """RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:
+Ran out of memory in memory space vmem while allocating on stack for %g.1 = \
+f32[4096,2048]{1,0:T(8,128)} custom-call(%x.1), \
+custom_call_target="tpu_custom_call". Scoped allocation with size 64.00M and \
+limit 16.00M exceeded scoped vmem limit by 48.00M."""
+
+
+def test_what_a_refused_program_needs():
+  found = hlo.refusal(_TEMPORARIES)
+  assert (found.space, found.largest) == ("hbm", [])
+  assert found.peak == 19.53 * 2**30 and found.beside_arguments is None
+  assert found.said == _TEMPORARIES
+  found = hlo.refusal(_LISTED)
+  assert (found.space, found.peak) == ("hbm", None)
+  assert found.beside_arguments == 63.80 * 2**30
+  assert found.largest == [
+    (2 << 30, "f32[32,4096,4096]", "jit(train_step)/jvp(Model)/dot_general"),
+    (512 << 20, "bf16[32,4096,2048]", "scoped"),
+  ]
+  assert found.said.endswith("by 33.05G.") and len(found.said) < 200
+
+
+@pytest.mark.parametrize(
+  ("message", "space"),
+  [
+    (_VMEM, "vmem"),
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.82M"
+      " of 16.00M vmem. Exceeded vmem capacity by 1.82M.",
+      "vmem",
+    ),
+    ("RESOURCE_EXHAUSTED: " + 1000 * "long ", ""),
+  ],
+)
+def test_other_memory_is_no_main_memory(message, space):
+  found = hlo.refusal(message)
+  assert found.space == space and len(found.said) <= 404
+  assert (found.peak, found.beside_arguments, found.largest) == (None, None, [])

@@ -419,7 +419,9 @@ def test_pods_divide_every_parameter(size):
       mesh = _mesh(fsdp=fsdp, tensor=tensor)
       expected = _WHOLE.get((size, tensor), set())
       if expected is None:
-        with pytest.raises(ValueError, match=r"tensor=8 .* 28 heads .*14, 28"):
+        with pytest.raises(
+          ValueError, match=r"tensor=8 .* 28 heads .*\[1, 2, 4\]"
+        ):
           sharding.check_model(model, mesh)
         continue
       sharding.check_model(model, mesh)
@@ -452,6 +454,29 @@ def test_the_copy_to_decode_with_lies_over_the_key_heads(size):
     whole += leaf.size
     split += np.prod(place.shard_shape(leaf.shape))
   assert split < 1.02 * whole / heads
+
+
+@pytest.mark.parametrize(
+  ("size", "tensors"),
+  [
+    ("qwen2_5_vl_3b", [1, 2, 4, 8, 16]),
+    ("qwen2_5_vl_7b", [1, 2, 4]),
+    ("qwen2_5_vl_32b", [1, 2, 4, 8]),
+    ("qwen2_5_vl_72b", [1, 2, 4, 8, 16]),
+  ],
+)
+def test_what_the_message_offers_is_taken(size, tensors):
+  """The heads of both towers, or following it leads to the next refusal."""
+  model = model_config.SIZES[size]()
+  words = rf"set it to one of \{str(tensors)[:-1]}\]"
+  with pytest.raises(ValueError, match=words):
+    sharding.check_model(model, _mesh(tensor=3))
+  for tensor in range(1, 65):
+    if tensor in tensors:
+      sharding.check_model(model, _mesh(tensor=tensor))
+    else:
+      with pytest.raises(ValueError, match="set it to one of"):
+        sharding.check_model(model, _mesh(tensor=tensor))
 
 
 def test_caches_lie_over_rows_heads_and_slots():
