@@ -5,12 +5,14 @@
     --config.data.source=jsonl:FOLDER --workdir=runs/kfgrpo
 
 The method is that of configs/kfgrpo_cpu.py. For one host of eight 80 GB GPUs
-(bash launch/run.sh) or a Slurm cluster (bash launch/slurm.sh, one process for
-each GPU). Nobody has run this at full size yet: the sizes are a place to start
-from, not a tuned recipe. The planner has no compiler for GPUs that are not
-there. Of this config on as many TPU chips (v5p:2x2x2, 7B) it says 22.7 GiB for
-the update, at least 1.11 s, and 18.5 GiB for decoding, at least 0.84 s; other
-chips and programs: docs/scale.md.
+(EXTRA=cuda bash launch/run.sh) or a Slurm cluster (EXTRA=cuda bash
+launch/slurm.sh, one process for each GPU). rl.prompts_per_step has to be a
+multiple of the GPUs: two nodes of eight need
+--config.rl.prompts_per_step=16. Nobody has run this at full size yet: the sizes
+are a place to start from, not a tuned recipe. The planner has no compiler for
+GPUs that are not there. Of this config on as many TPU chips (v5p:2x2x2, 7B) it
+says 22.7 GiB for the update, at least 1.11 s, and 18.5 GiB for decoding, at
+least 0.84 s; other chips and programs: docs/scale.md.
 
   configs/kfgrpo_gpu.py:smoke   a small policy on built-in data
 """

@@ -1,9 +1,9 @@
 """KF-GRPO on a TPU slice or pod: Qwen2.5-VL-7B on your videos.
 
   bash launch/tpu_vm.sh run --config=configs/kfgrpo_tpu.py \
-    --config.init_from=/home/$USER/bucket/Qwen2.5-VL-7B-Instruct \
-    --config.data.source=jsonl:/home/$USER/bucket/my_videos \
-    --workdir=/home/$USER/bucket/runs/kfgrpo
+    --config.init_from=/bucket/Qwen2.5-VL-7B-Instruct \
+    --config.data.source=jsonl:/bucket/my_videos \
+    --workdir=/bucket/runs/kfgrpo
 
 configs/kfgrpo_gpu.py with a slice's batch, one process for each host; from an
 empty cloud project on: docs/tpu.md. For 64 chips: v6e-64 (v6e:8x8 to the

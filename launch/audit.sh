@@ -2,12 +2,16 @@
 # Secrets in the files of the checkout, and known holes in what requirements.lock
 # installs. launch/test.sh calls it; AUDIT=0 leaves it out there.
 #
+#   bash launch/audit.sh [--dry-run]
+#
 # The tools (detect-secrets, pip-audit) have an environment of their own,
 # .venv-audit, from launch/audit.lock. Without a network the part that needs one is
 # left out, and says so: what is offline is no hole.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+own_flags "dry-run" "$@"
+[[ ${#REST[@]} -eq 0 ]] || die "launch/audit.sh takes no argument ${REST[0]}; --dry-run is its only one."
 TOOLS="$ROOT/.venv-audit"
 TOOLS_LOCK="$ROOT/launch/audit.lock"
 # What pip-audit and its libraries say where there is no way to the list.
@@ -57,6 +61,12 @@ audit_dependencies() {
   fi
 }
 
+if [[ $DRY == yes ]]; then
+  say "  (into $TOOLS, unless it is there: launch/audit.lock)"
+  say "+ detect-secrets-hook (the files that git knows)"
+  say "+ pip-audit -r requirements.lock"
+  exit 0
+fi
 if ! install_tools; then
   say "audit left out: its tools cannot be installed (offline?); see $TOOLS/install.log"
   exit 0

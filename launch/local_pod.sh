@@ -11,23 +11,21 @@
 # Arguments go to `python -m cf_jax.main`, with --config.distributed=True behind
 # them. Processes are of CPUs unless JAX_PLATFORMS says otherwise. Where one
 # fails the others are stopped. The exit code is that of the first to fail.
+# SIGTERM and Ctrl-C go on to all of them, which save and stop: exit code 75.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 source "$ROOT/launch/keep.sh"
 
+own_flags "dry-run" "$@"
+set -- "${REST[@]}"
 COUNT="${1:-}"
 [[ "$COUNT" =~ ^[1-9][0-9]*$ ]] \
   || die "say how many processes: bash launch/local_pod.sh 2 --config=configs/kfgrpo_cpu.py:smoke."
 shift
-DRY=no
-if [[ "${1:-}" == --dry-run ]]; then
-  DRY=yes
-  shift
-fi
 [[ $# -gt 0 ]] || set -- --config=configs/kfgrpo_cpu.py:smoke
 LOGS="${LOGS:-runs/pod_logs}"
 export RESTARTS="${RESTARTS:-0}"
-[[ $DRY == yes ]] || set_up
+set_up
 
 if [[ -z "${PORT:-}" ]]; then
   PORT=29500
@@ -47,11 +45,15 @@ stop_all() {
     kill -TERM "$pid" 2>/dev/null || true
   done
 }
-trap 'stop_all' INT TERM
+# Asked to stop: nothing is started again.
+ASKED=no INTERRUPTED=0
+trap 'ASKED=yes INTERRUPTED=143 RESTARTS=0; stop_all' TERM
+trap 'ASKED=yes INTERRUPTED=130 RESTARTS=0; stop_all' INT
 
 one_pod() {
-  local rank code=0 first=0
+  local rank code=0 first=0 ended=0
   PIDS=()
+  [[ $ASKED == no ]] || return 75  # before another start: all is saved
   for ((rank = 0; rank < COUNT; rank++)); do
     local -a environment=(
       "JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT"
@@ -67,9 +69,14 @@ one_pod() {
     PIDS+=("$!")
   done
   [[ $DRY == no ]] || return 0
-  for ((rank = 0; rank < COUNT; rank++)); do
-    code=0
-    wait -n "${PIDS[@]}" || code=$?
+  [[ $ASKED == no ]] || stop_all  # some were started after the signal
+  while ((ended < COUNT)); do
+    code=0 INTERRUPTED=0
+    wait -n "${PIDS[@]}" 2>/dev/null || code=$?
+    # Interrupted by the signal, it says nothing of a process.
+    ((code != INTERRUPTED || code == 0)) || continue
+    ((code != 127)) || break  # none is left: one ended just as the signal came
+    ended=$((ended + 1))
     if ((code != 0 && first == 0)); then
       first=$code
       stop_all
@@ -78,6 +85,7 @@ one_pod() {
     fi
   done
   wait || true
+  ((ended == COUNT || first != 0)) || first=143
   return "$first"
 }
 

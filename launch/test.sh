@@ -4,6 +4,7 @@
 #
 #   bash launch/test.sh                     everything
 #   bash launch/test.sh tests/test_tad.py   arguments go to pytest
+#   bash launch/test.sh --dry-run           only prints the commands
 #   AUDIT=0 bash launch/test.sh             without the audit
 #   TEST_WORKERS=0 bash launch/test.sh --pdb ...   in one process
 #   PYTHON=python3.12 VENV=.venv-3.12 bash launch/test.sh   see setup.sh
@@ -12,10 +13,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+own_flags "dry-run" "$@"
+set -- "${REST[@]}"
 set_up
 run "$VENV_PYTHON" -m ruff check .
 run "$VENV_PYTHON" -m ruff format --check .
 if [[ $# -eq 0 && "${AUDIT:-1}" != 0 ]]; then
-  bash "$ROOT/launch/audit.sh"
+  if [[ $DRY == yes ]]; then dry=--dry-run; else dry=; fi
+  bash "$ROOT/launch/audit.sh" $dry
 fi
 run "$VENV_PYTHON" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile "$@"

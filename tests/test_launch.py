@@ -5,8 +5,10 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from packaging import requirements, version
@@ -70,6 +72,7 @@ class Machine:
     self.bin.mkdir()
     shutil.copytree(ROOT / "launch", self.repo / "launch")
     (self.repo / "requirements.lock").write_text("numpy==2.4.6 --hash=x\n")
+    shutil.copy(ROOT / "pyproject.toml", self.repo)
     for tool in TOOLS:
       (self.bin / tool).symlink_to(shutil.which(tool))
 
@@ -210,6 +213,79 @@ def test_a_pyenv_shim_that_is_switched_off_is_resolved(machine):
   ran = machine.run(PYTHON="python3.12")
   assert ran.returncode == 0, ran.stderr
   assert machine.done() == ["venv 3.12.1", "install"]
+
+
+def test_an_extra_is_installed_once_and_stays(machine):
+  machine.add_python("3.11.2")
+  machine.run()
+  stamp = machine.repo / ".venv" / ".cf_jax_stamp"
+  plain = stamp.read_text()
+  ran = machine.run(EXTRA="cuda")
+  assert ran.returncode == 0, ran.stderr
+  assert "-m pip install jax[cuda13]" in ran.stdout
+  assert machine.done() == ["install", "install"]  # the lock, and behind it
+  assert stamp.read_text() == plain + "extra cuda\n"
+  for env in ({"EXTRA": "cuda"}, {}):
+    machine.run(**env)
+    assert machine.done() == []
+  (machine.repo / "requirements.lock").write_text("numpy==2.4.7 --hash=y\n")
+  assert "jax[cuda13]" in machine.run().stdout
+  line = one_sentence(machine.run(EXTRA="cudda"))
+  assert "EXTRA=cudda is no extra" in line
+
+
+def test_a_machine_without_a_new_python_gets_one(machine):
+  """provide_python, with stand-ins for uv, sudo and apt-get."""
+
+  def provide():
+    return subprocess.run(
+      [
+        machine.bin / "bash",
+        "-c",
+        f"set -eu; source '{machine.repo}/launch/setup.sh';"
+        " provide_python; echo chose $PYTHON",
+      ],
+      env={"PATH": str(machine.bin), "HOME": str(machine.bin)},
+      capture_output=True,
+      text=True,
+    )
+
+  machine.add_python("3.10.12")
+  uv = machine.bin / "python3"
+  uv.write_text(
+    FAKE_PYTHON.replace(
+      'case "$*" in',
+      'case "$*" in\n  *pip*uv | "-m uv"*) exit 1 ;;',
+    )
+  )
+  sudo = machine.bin / "sudo"
+  sudo.write_text(
+    "#!/usr/bin/env bash\n"
+    '[[ "$*" == *"install python3.12 python3.12-venv" ]] || exit 1\n'
+    f"cp {machine.bin}/python3 {machine.bin}/python3.12\n"
+    f"echo 3.12.3 >{machine.bin}/python3.12.version\n"
+  )
+  sudo.chmod(0o755)
+  ran = provide()
+  assert ran.stdout.endswith("chose python3.12\n"), ran.stdout + ran.stderr
+  for path in machine.bin.glob("python3.12*"):
+    path.unlink()
+  sudo.write_text("#!/usr/bin/env bash\nexit 1\n")
+  assert "neither by uv nor by apt-get" in provide().stderr
+  # uv comes first.
+  machine.add_python("3.12.9", "uvs_python")
+  uv.write_text(
+    FAKE_PYTHON.replace(
+      'case "$*" in',
+      'case "$*" in\n  *pip*uv | "-m uv python install"*) touch ~/has_uv ;;\n'
+      '  "-m uv python find"*) [[ -e ~/has_uv ]] || exit 1\n'
+      f"    echo {machine.bin}/uvs_python ;;",
+    )
+  )
+  for _ in range(2):
+    ran = provide()
+    assert ran.stdout.endswith(f"chose {machine.bin}/uvs_python\n"), ran.stderr
+  assert "installing" not in ran.stdout  # the second time
 
 
 def test_tests_run_after_lint(machine):
@@ -435,12 +511,14 @@ TPU = dict(
   TPU_NAME="cf", TPU_ZONE="us-east5-a", TPU_TYPE="v6e-64", TPU_BUCKET="runs"
 )
 
+WORKDIR = "--workdir=/bucket/runs/x"
+
 
 @pytest.mark.parametrize(
   ("arguments", "commands"),
   [
     (
-      ["create", "--dry-run", "--spot"],
+      ["create", "--spot", "--dry-run"],
       [
         "gcloud compute tpus tpu-vm create cf --zone=us-east5-a"
         " --accelerator-type=v6e-64 --version=v2-alpha-tpuv6e --spot"
@@ -482,7 +560,13 @@ def test_a_slice_command_by_command(arguments, commands):
 
 def test_a_preempted_slice_is_made_set_up_and_started():
   code, said, error = dry(
-    "tpu_vm.sh", "keep", "--dry-run", "--spot", "--config=a b.py", **TPU
+    "tpu_vm.sh",
+    "keep",
+    "--config=a b.py",
+    WORKDIR,
+    "--spot",
+    "--dry-run",
+    **TPU,
   )
   assert code == 0, error
   text = "\n".join(said)
@@ -510,6 +594,7 @@ def test_secrets_are_named_and_never_said():
     "run",
     "--dry-run",
     "--config=x.py",
+    WORKDIR,
     **TPU,
     PASS_ENV="JUDGE_KEY",
     JUDGE_KEY="hunter2",
@@ -537,9 +622,41 @@ def test_secrets_are_named_and_never_said():
       TPU | {"PASS_ENV": "NO_SUCH"},
       "NO_SUCH, which is not set",
     ),
+    (
+      "tpu_vm.sh",
+      ["run", "--dry-run", "--config=x"],
+      TPU,
+      "add --workdir=/bucket/runs/NAME",
+    ),
+    (
+      "tpu_vm.sh",
+      ["run", "--dry-run", "--config=x", "--workdir", "runs/x"],
+      {k: v for k, v in TPU.items() if k != "TPU_TYPE"},
+      "add --workdir=/bucket/runs/NAME",
+    ),
+    (
+      "tpu_vm.sh",
+      ["keep", "--dry-run", "--config=x"],
+      TPU | {"TPU_TYPE": "v6e-8"},  # one host, but the next slice is another
+      "add --workdir=/bucket/runs/NAME",
+    ),
     ("slurm.sh", ["--dry-run"], {}, "say what to run"),
     ("slurm.sh", ["--dry-run", "x"], {"NODES": "two"}, "NODES must be"),
     ("local_pod.sh", ["two"], {}, "say how many"),
+    # Nothing that is misspelt runs for real.
+    ("tpu_vm.sh", ["delete", "--dryrun"], TPU, "did you mean --dry-run?"),
+    ("tpu_vm.sh", ["create", "--sopt"], TPU, "takes no argument --sopt"),
+    ("tpu_vm.sh", ["create", "spot"], TPU, "takes no argument spot"),
+    ("tpu_vm.sh", ["delete", "--spot"], TPU, "--spot means nothing to"),
+    ("tpu_vm.sh", ["stop", "--queued"], TPU, "--queued means nothing to"),
+    ("tpu_vm.sh", ["keep", "--config=x", "--sopt"], TPU, "--sopt is no arg"),
+    ("tpu_vm.sh", ["run", "--config", "x", "y"], TPU, "y is no argument of"),
+    ("slurm.sh", ["--config=x", "--dry_run"], {}, "did you mean --dry-run?"),
+    ("slurm.sh", ["--config=x", "--nodes=2"], {}, "--nodes=2 is no argument"),
+    ("local_pod.sh", ["2", "--dryrun"], {}, "did you mean --dry-run?"),
+    ("run.sh", ["--dry_run"], {}, "did you mean --dry-run?"),
+    ("test.sh", ["--dryrun"], {}, "did you mean --dry-run?"),
+    ("audit.sh", ["--all"], {}, "takes no argument --all"),
   ],
 )
 def test_what_is_missing_is_one_sentence(script, arguments, env, words):
@@ -547,6 +664,305 @@ def test_what_is_missing_is_one_sentence(script, arguments, env, words):
   assert code == 1
   (line,) = error.splitlines()
   assert line.startswith("error: ") and words in line
+
+
+def test_one_host_needs_no_shared_workdir():
+  code, said, error = dry(
+    "tpu_vm.sh",
+    "run",
+    "--config",
+    "x.py",
+    "--config.rl.steps",
+    "5",
+    "--noconfig.a",
+    "--dry-run",
+    **TPU | {"TPU_TYPE": "v6e-8"},
+  )
+  assert code == 0, error
+  assert any("--config.rl.steps 5" in line.replace("\\", "") for line in said)
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "words"),
+  [
+    ("run.sh", ["--config=x.py", "--dry-run"], "-m cf_jax.main --config=x.py"),
+    ("test.sh", ["--dry-run"], "+ pip-audit -r requirements.lock"),
+    ("test.sh", ["tests/x.py", "--dry-run"], "--dist=loadfile tests/x.py"),
+    ("audit.sh", ["--dry-run"], "+ detect-secrets-hook"),
+    ("slurm.sh", ["--config=x.py", "--dry-run"], "+ sbatch --nodes=1"),
+    ("local_pod.sh", ["2", "--config=x.py", "--dry-run"], "JAX_PROCESS_ID=1"),
+    ("local_pod.sh", ["--dry-run", "2"], "JAX_PROCESS_ID=1"),
+  ],
+)
+def test_a_dry_run_prints_and_does_nothing(tmp_path, script, arguments, words):
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  shutil.copy(ROOT / "requirements.lock", tmp_path)
+  before = sorted(tmp_path.rglob("*"))
+  ran = subprocess.run(
+    ["bash", tmp_path / "launch" / script, *arguments],
+    capture_output=True,
+    text=True,
+    env={"PATH": os.environ["PATH"], "HOME": "/nowhere"},
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert words in ran.stdout and "dry-run" not in ran.stdout
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+# What cf_jax.main does here: a line of `plan` for each start (or, in Slurm, for
+# each process), an exit code, or `wait` for SIGTERM, which it answers with 75.
+FAKE_MAIN = r"""#!/usr/bin/env bash
+case "$*" in
+  *base_prefix*) echo "3.12.0 /somewhere"; exit ;;
+  "-m cf_jax.main"*) ;;
+  *) exit 0 ;;
+esac
+plan="$FAKE/plan"
+echo "start ${SLURM_PROCID:-}" >>"$FAKE/starts"
+n="$(wc -l <"$FAKE/starts")"
+code="$(sed -n "$((${SLURM_PROCID:-n - 1} + 1))p" "$plan")"
+if [[ "$code" == wait ]]; then
+  trap 'exit 75' TERM
+  echo ready >>"$FAKE/ready"
+  for ((i = 0; i < 300; i++)); do sleep 0.1; done
+  exit 99
+fi
+exit "$code"
+"""
+
+# A cloud of one worker, whose home is $FAKE/home: commands run there for real.
+# `describe`, `create` and `setup` answer with the next line of their file;
+# !WORDS is an error. The last line stays.
+FAKE_GCLOUD = r"""#!/usr/bin/env bash
+answer() {
+  local line
+  line="$(head -n 1 "$FAKE/$1")"
+  [[ "$(wc -l <"$FAKE/$1")" == 1 ]] || sed -i 1d "$FAKE/$1"
+  if [[ "$line" == !* ]]; then
+    echo "ERROR: (gcloud) ${line#!}" >&2
+    exit 1
+  fi
+  echo "$line"
+}
+case "$*" in
+  *"tpu-vm describe"*) answer states ;;
+  *"queued-resources describe"*) answer queue ;;
+  *create*) echo create >>"$FAKE/done"; answer creates ;;
+  *delete*) echo "delete $3" >>"$FAKE/done" ;;
+  *" scp "*) ;;
+  *code.tgz*) echo setup >>"$FAKE/done"; answer setups ;;
+  *gcsfuse*) echo mount >>"$FAKE/done" ;;
+  *" ssh "*)
+    cd "$FAKE/home"
+    command="${!#}"
+    HOME="$FAKE/home" bash -c "${command#--command=}" ;;
+esac
+"""
+
+FAKE_SLURM = {
+  # As the real one: a SIGTERM of its own kills all tasks.
+  "srun": r"""#!/usr/bin/env bash
+[[ "$1" == --kill-on-bad-exit=0 ]] || exit 64
+shift
+pids=()
+trap 'kill -KILL "${pids[@]}"' TERM
+for rank in 0 1; do
+  SLURM_PROCID=$rank setsid "$@" &
+  pids+=("$!")
+done
+echo "${pids[@]}" >"$FAKE/pids"
+highest=0
+for pid in "${pids[@]}"; do
+  code=0
+  wait "$pid" || code=$?
+  ((code <= highest)) || highest=$code
+done
+exit "$highest"
+""",
+  "scancel": r"""#!/usr/bin/env bash
+[[ "$*" == "--signal=TERM 7" ]] || exit 64
+for pid in $(<"$FAKE/pids"); do kill -TERM -- "-$pid"; done
+""",
+  "scontrol": r"""#!/usr/bin/env bash
+echo "$*" >>"$FAKE/done"
+""",
+}
+
+
+class Cloud:
+  """A cloud, or a cluster, of stand-ins."""
+
+  def __init__(self, folder):
+    self.folder = folder
+    self.repo = folder / "home" / "cf_jax"
+    shutil.copytree(ROOT / "launch", self.repo / "launch")
+    (self.repo / "requirements.lock").write_text("numpy==2.4.6 --hash=x\n")
+    self.write("home/cf_jax/.venv/bin/python", FAKE_MAIN)
+    self.write("bin/gcloud", FAKE_GCLOUD)
+    self.write("bin/git", "#!/usr/bin/env bash\nprintf 'launch/run.sh\\0'\n")
+    for name, text in FAKE_SLURM.items():
+      self.write(f"bin/{name}", text)
+    self.env = TPU | {
+      "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+      "HOME": "/nowhere",
+      "FAKE": str(folder),
+      "WATCH_EVERY_S": "0.1",
+      "RESTART_AFTER_S": "0",
+    }
+
+  def write(self, name, text):
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+  def plan(self, **answers):
+    for name, lines in answers.items():
+      self.write(name, "".join(f"{line}\n" for line in lines))
+
+  def start(self, script, *arguments, **env):
+    return subprocess.Popen(
+      ["bash", self.repo / "launch" / script, *arguments],
+      env=self.env | env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def run(self, script, *arguments, **env):
+    running = self.start(script, *arguments, **env)
+    try:
+      said, _ = running.communicate(timeout=60)
+    finally:
+      running.kill()
+    return running.returncode, said
+
+  def read(self, name):
+    path = self.folder / name
+    return path.read_text().splitlines() if path.exists() else []
+
+  def wait_for(self, name, words, count=1):
+    for _ in range(200):
+      if sum(words in line for line in self.read(name)) >= count:
+        return
+      time.sleep(0.1)
+    raise AssertionError(f"{name}: {self.read(name)}")
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  return Cloud(tmp_path)
+
+
+def test_keep_waits_out_what_passes_and_ends_with_the_runs_code(cloud):
+  gone = "!NOT_FOUND: Resource 'projects/p/nodes/cf' was not found"
+  cloud.plan(
+    states=[gone, "!UNAVAILABLE: try later", gone, "CREATING", "READY"],
+    creates=["!there is no more capacity in the zone", "made"],
+    setups=["!ssh: connect: Connection refused", "done"],
+    plan=["9", "2"],
+  )
+  code, said = cloud.run("tpu_vm.sh", "keep", "--config=x.py", WORKDIR)
+  assert code == 2, said
+  assert cloud.read("done") == ["create", "create", "setup", "setup", "mount"]
+  assert len(cloud.read("starts")) == 2  # keep.sh, after the crash
+  assert "UNAVAILABLE: try later" in said and "exit code 2" in said
+
+
+def test_keep_makes_a_slice_anew_that_was_taken(cloud):
+  cloud.plan(
+    states=["PREEMPTED", "!NOT_FOUND: x", "READY"],
+    creates=["made"],
+    setups=["done"],
+    plan=["0"],
+  )
+  code, said = cloud.run("tpu_vm.sh", "keep", "--config=x.py", WORKDIR)
+  assert code == 0, said
+  assert cloud.read("done") == ["delete tpu-vm", "create", "setup", "mount"]
+
+
+def test_keep_deletes_a_queued_resource_whose_slice_is_gone(cloud):
+  gone = "!NOT_FOUND: x"
+  cloud.plan(
+    states=[gone] * 5 + ["READY"],
+    queue=["SUSPENDED", gone, "WAITING_FOR_RESOURCES", "!DEADLINE", "ACTIVE"],
+    creates=["queued"],
+    setups=["done"],
+    plan=["75"],
+  )
+  code, said = cloud.run("tpu_vm.sh", "keep", "--queued", "--config=x", WORKDIR)
+  assert code == 75, said  # still there a while later: it was not preempted
+  assert cloud.read("done") == [
+    "delete queued-resources",
+    "create",
+    "setup",
+    "mount",
+  ]
+
+
+def test_a_run_is_stopped_and_started_once(cloud):
+  cloud.plan(states=["READY"], plan=["wait"])
+  arguments = ["--config=x.py", WORKDIR]
+  code, said = cloud.run("tpu_vm.sh", "run", *arguments)
+  assert code == 0, said
+  cloud.wait_for("ready", "ready")
+  _, said = cloud.run("tpu_vm.sh", "run", *arguments)
+  assert "a run is here already" in said
+  _, said = cloud.run("tpu_vm.sh", "stop")
+  assert "asked to save and stop" in said
+  cloud.wait_for("home/cf_jax.log", "exit code 75")
+  assert len(cloud.read("starts")) == 1
+  _, said = cloud.run("tpu_vm.sh", "stop")
+  assert "nothing runs here" in said
+  code, _ = cloud.run("tpu_vm.sh", "keep", *arguments)
+  assert code == 75  # at once: it was asked to
+
+
+def test_a_run_that_waits_for_its_next_start_is_stopped_too(cloud):
+  cloud.plan(plan=["9", "wait"])
+  cloud.run("tpu_vm.sh", "run", "--config=x", WORKDIR, RESTART_AFTER_S="4")
+  cloud.wait_for("home/cf_jax.log", "starting again")
+  _, said = cloud.run("tpu_vm.sh", "stop")
+  assert "ends instead" in said
+  cloud.wait_for("home/cf_jax.log", "exit code 75")
+  assert len(cloud.read("starts")) == 1
+
+
+@pytest.mark.parametrize(
+  ("plan", "env", "ends", "requeued"),
+  [
+    (["0", "0"], {}, 0, False),
+    (["2", "137"], {}, 2, False),  # yours to put right, whoever else died
+    (["76", "1"], {}, 0, True),  # a crash
+    (["76", "1"], {"SLURM_RESTART_COUNT": "20"}, 76, False),
+    (["75", "75"], {}, 0, True),  # preempted: Slurm told the processes alone
+  ],
+)
+def test_a_slurm_job_is_put_back_where_that_helps(
+  cloud, plan, env, ends, requeued
+):
+  cloud.plan(plan=plan)
+  code, said = cloud.run(
+    "slurm.sh",
+    "--config=x.py",
+    SLURM_JOB_ID="7",
+    CF_JAX_ROOT=str(cloud.repo),
+    **env,
+  )
+  assert code == ends, said
+  assert cloud.read("done") == (["requeue 7"] if requeued else [])
+
+
+def test_a_slurm_job_whose_time_is_up_saves_first(cloud):
+  cloud.plan(plan=["wait", "wait"])
+  job = cloud.start(
+    "slurm.sh", "--config=x.py", SLURM_JOB_ID="7", CF_JAX_ROOT=str(cloud.repo)
+  )
+  cloud.wait_for("ready", "ready", 2)
+  job.send_signal(signal.SIGTERM)
+  said, _ = job.communicate(timeout=60)
+  assert job.returncode == 0 and "Killed" not in said, said
+  assert cloud.read("done") == ["requeue 7"]
 
 
 def test_slurm_submits_itself_and_starts_a_process_for_each_gpu():
@@ -637,3 +1053,24 @@ def test_a_pod_ends_with_the_code_of_what_failed(machine):
   )
   assert ran.returncode == 2
   assert "the last lines of each process" in ran.stdout
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_a_pod_that_is_stopped_saves_and_is_not_started_again(cloud, restarts):
+  cloud.plan(plan=["wait", "wait"])
+  stamp = subprocess.run(
+    ["bash", "-c", "source launch/setup.sh; wanted_stamp"],
+    cwd=cloud.repo,
+    env=cloud.env,
+    capture_output=True,
+    text=True,
+  ).stdout
+  cloud.write("home/cf_jax/.venv/.cf_jax_stamp", stamp)
+  pod = cloud.start(
+    "local_pod.sh", "2", "--config=x", PORT="1", RESTARTS=restarts
+  )
+  cloud.wait_for("ready", "ready", 2)
+  pod.send_signal(signal.SIGTERM)
+  said, _ = pod.communicate(timeout=60)
+  assert pod.returncode == 75, said
+  assert len(cloud.read("starts")) == 2
