@@ -10,6 +10,15 @@ import numpy as np
 
 from cf_jax import figures, pages, report
 
+COLUMNS = (
+  "after",
+  "task",
+  "chosen frames",
+  "uniform frames",
+  "lists that hit",
+  "lists readable",
+)
+
 
 def write(
   path: str | os.PathLike, title: str, rows: Sequence[Mapping[str, Any]]
@@ -72,17 +81,7 @@ def write(
     cells.append(
       [linked, pages.escape(row["task"]), *map(pages.percent, found)]
     )
-  table = pages.html_table(
-    [
-      "after",
-      "task",
-      "chosen frames",
-      "uniform frames",
-      "lists that hit",
-      "lists readable",
-    ],
-    cells,
-  )
+  table = pages.html_table(COLUMNS, cells)
   body = (
     "<section><h2>Answers on held-out videos</h2>"
     "<p>The answerer sees the frames that the selector names, or uniform ones."

@@ -876,14 +876,7 @@ def _run(
   path = amplify_page.write(workdir / report.REPORT_FILE, config.name, rows)
   telemetry.closing_table(
     "on held-out videos",
-    [
-      "after",
-      "task",
-      "chosen frames",
-      "uniform frames",
-      "lists that hit",
-      "lists readable",
-    ],
+    amplify_page.COLUMNS,
     [
       [
         row["after"],
