@@ -90,9 +90,11 @@ def row(name: str, folder: pathlib.Path) -> str:
     if "time" not in each:  # the compiler refused it
       words += ["-"] * (columns - 1)
       continue
-    words += [f"{each['time'][key]:.2f}" for key in ("bound_s", "serial_s")]
+    times = [each["time"][key] for key in ("bound_s", "serial_s")]
+    words += ["-" if time_s is None else f"{time_s:.2f}" for time_s in times]
     if program == "update":
-      words.append(f"{100 * each['mfu_bound']:.0f} %")
+      share = each.get("mfu_bound")
+      words.append(f"{100 * share:.0f} %" if share else "-")
   return f"{head} {' | '.join(words)} |"
 
 
@@ -128,6 +130,10 @@ def write(out: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  try:
+    plan.check_compiler(SLICES[0])
+  except ValueError as error:
+    sys.exit(str(error))
   out, begin = pathlib.Path(_OUT.value), time.monotonic()
   out.mkdir(parents=True, exist_ok=True)
   for name, arguments in cells().items():
@@ -149,8 +155,6 @@ def main(argv: list[str]) -> None:
         stderr=subprocess.STDOUT,
         check=False,
       ).returncode
-    if code == 2:  # a setting, or no compiler: so it would be for all
-      sys.exit((out / f"{name}.log").read_text("utf-8").splitlines()[-1])
     if code:
       # 1 is a plan that does not fit, and a planner that failed.
       refused = does_not_fit(out / name, _PROGRAMS.value)

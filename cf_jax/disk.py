@@ -90,7 +90,8 @@ def replace(partial: str | os.PathLike, path: str | os.PathLike) -> None:
 def sync_tree(path: pathlib.Path) -> None:
   """Forces a file, or a folder with all that is in it, to disk."""
   for inside in path.rglob("*"):
-    sync(inside)
+    if inside.is_file() or inside.is_dir():  # no pipe, no link to nothing
+      sync(inside)
   sync(path)
 
 

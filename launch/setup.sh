@@ -19,6 +19,11 @@ STAMP="$VENV/.cf_jax_stamp"
 LOG="$VENV/install.log"
 NEEDED_KB=2000000  # downloads, their unpacked form and the compiled modules
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION" >&2
+  exit 1
+}
+
 say() { printf '%s\n' "$*"; }
 
 die() {

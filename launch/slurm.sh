@@ -19,7 +19,7 @@
 # Three minutes before its time is up, and when it is preempted with a time of
 # grace, the processes are asked to save and stop, and the job is put back into
 # the queue. A crash puts it back too, RESTARTS times (20); what the run says a
-# user has to put right (2) does not. `scancel JOB` ends it for good.
+# user has to put right (2) does not, nor does `scancel JOB`.
 set -euo pipefail
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
   # Slurm runs a copy of this file.
@@ -125,6 +125,10 @@ case "$code" in
     fi
     ;;
 esac
+# To the processes a cancellation is a preemption; Slurm knows which it is.
+if [[ $again == yes && "$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null || true)" == CANCELLED* ]]; then
+  again=no
+fi
 if [[ $again == yes ]]; then
   run scontrol requeue "$SLURM_JOB_ID"
   exit 0

@@ -786,6 +786,10 @@ for pid in $(<"$FAKE/pids"); do kill -TERM -- "-$pid"; done
   "scontrol": r"""#!/usr/bin/env bash
 echo "$*" >>"$FAKE/done"
 """,
+  "squeue": r"""#!/usr/bin/env bash
+[[ "$*" == "-h -j 7 -o %T" ]] || exit 64
+echo "${SLURM_STATE:-RUNNING}"
+""",
 }
 
 
@@ -936,6 +940,7 @@ def test_a_run_that_waits_for_its_next_start_is_stopped_too(cloud):
     (["76", "1"], {}, 0, True),  # a crash
     (["76", "1"], {"SLURM_RESTART_COUNT": "20"}, 76, False),
     (["75", "75"], {}, 0, True),  # preempted: Slurm told the processes alone
+    (["75", "75"], {"SLURM_STATE": "CANCELLED"}, 75, False),
   ],
 )
 def test_a_slurm_job_is_put_back_where_that_helps(

@@ -395,7 +395,8 @@ def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
       "--config.PGPASSWORD",
       "-abc",
       "--config.judge.url=https://host/v1?model=a&api_key=abc&b=c",
-      "--config.header=Authorization: Bearer abc",
+      "--config.header=Authorization: Bearer abcdefgh01234567",
+      "--config.ask=What does the torch bearer carry?",
     ]
   )
   assert kept == [
@@ -413,6 +414,7 @@ def test_a_command_line_is_kept_without_its_secrets(monkeypatch):
     "***",
     "--config.judge.url=https://host/v1?model=a&api_key=***&b=c",
     "--config.header=Authorization: Bearer ***",
+    "--config.ask=What does the torch bearer carry?",
   ]
 
 

@@ -406,7 +406,9 @@ def _files(directory):
   try:
     names = json.loads(index.read_text("utf-8"))["weight_map"]
     files = sorted(set(names.values()))
-    if outside := [n for n in files if pathlib.PurePath(n).name != n]:
+    if outside := [
+      n for n in files if pathlib.PurePath(n).name != n or n == ".."
+    ]:
       raise ValueError(f"files that are not beside it: {outside[:3]}")
   except (
     *(ValueError, KeyError, TypeError, AttributeError),

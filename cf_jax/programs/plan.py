@@ -1023,6 +1023,7 @@ def plan(
   _check_names(config.programs, target)
   where = chips.open_slice(config.topology, config.num_slices)
   Shapes(describe(target, config.size, where, workdir))  # or a ValueError
+  _known(workdir / RESULT_FILE, _fingerprint(config, target))  # or one, too
   code = _MORE
   while code == _MORE:
     context = multiprocessing.get_context("spawn")
@@ -1064,8 +1065,9 @@ def _compile_one(settings, workdir, told):
   logging.set_verbosity(logging.INFO)
   try:
     _plan(ml_collections.ConfigDict(settings), workdir, to_the_end=False)
-  except ValueError as error:  # a setting: the parent says it
-    told.send(str(error))
+  except ValueError as error:  # mostly a setting: the parent says it
+    logging.exception("it cannot be planned")
+    told.send(str(error)[:4000])  # a pipe holds more
     sys.stderr.flush()
     os._exit(_SAID)
   sys.stdout.flush()

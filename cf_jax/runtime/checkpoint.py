@@ -145,9 +145,8 @@ class Checkpoints:
   def _force(self) -> None:
     """What is written, and not named yet, lies on disk afterwards."""
     if jax.process_index() == 0:  # who names it
-      for folder in self.directory.iterdir():
-        if folder.is_dir() and not folder.name.isdigit():
-          disk.sync_tree(folder)
+      for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        disk.sync_tree(folder)
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     return metrics[self._best]

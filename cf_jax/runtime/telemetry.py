@@ -70,10 +70,10 @@ _KNOWN_KEYS = re.compile(
 )
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _IN_QUERY = re.compile(
-  r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature)=)[^&\s]+",
+  r"(?<=[?&])((?:[\w.-]*[_.-])?(?:key|token|secret|password|signature)=)[^&\s]+",
   re.IGNORECASE,
 )
-_BEARER = re.compile(r"(?<=\bBearer )\s*\S+", re.IGNORECASE)
+_BEARER = re.compile(r"(?<=\bBearer )\s*[\w.~+/=-]{16,}", re.IGNORECASE)
 _TABLE_BOX = rich.box.SIMPLE_HEAD
 
 

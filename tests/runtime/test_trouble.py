@@ -173,11 +173,21 @@ def test_a_report_that_fails_costs_no_update(tmp_path, monkeypatch, caplog):
 def test_what_is_refused_may_not_change_between_starts(
   name, value, same, tiny_config, tmp_path
 ):
-  telemetry.write_manifest(
-    tmp_path, config=tiny_config.to_dict(), seed=0, data_hash="", argv=[]
-  )
-  train.check_same_config(tiny_config, tmp_path)
+  def start():
+    telemetry.write_manifest(
+      tmp_path, config=tiny_config.to_dict(), seed=0, data_hash="", argv=[]
+    )
+
+  start()
+  before = tiny_config.data.decode[name]
   assert tiny_config.data.decode.processes
+  tiny_config.data.decode[name] = value
+  if name == "processes":  # built-in videos are decoded in the run's own
+    train.check_same_config(tiny_config, tmp_path)
+  tiny_config.data.decode[name] = before
+  tiny_config.data.source = "jsonl:videos"
+  (tmp_path / telemetry.MANIFEST_FILE).unlink()
+  start()
   tiny_config.data.decode[name] = value
   if same:
     train.check_same_config(tiny_config, tmp_path)
@@ -304,6 +314,9 @@ def test_a_checkpoint_is_forced_to_disk_before_it_has_its_name(
   """A power cut after an older one is removed must find the newer one whole."""
   forced, sync = set(), disk.sync
   monkeypatch.setattr(disk, "sync", lambda p: (forced.add(p), sync(p))[1])
+  moved = tmp_path / "0.damaged"  # as the error of a damaged one advises
+  moved.mkdir()
+  (moved / "link").symlink_to("nowhere")
   with checkpoint.Checkpoints(tmp_path, keep=1) as store:
     store.save(1, _state(1), HOST)
     store.wait()
