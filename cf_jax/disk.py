@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
-_PARTIAL = re.compile(r"\.(.+)\.\d+\.\d+\.tmp")  # as `write` names it
+_PARTIAL = re.compile(r"\..+\.\d+\.\d+\.tmp")  # as `write` names it
 
 
 def write(

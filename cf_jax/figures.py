@@ -94,11 +94,9 @@ def film_strip(
     ValueError: frames and times, or the curve's arrays, differ in length.
   """
   path = pathlib.Path(path)
-  score, time_s = np.asarray(score, float), np.asarray(time_s, float)
-  apex = np.asarray(apex, bool)
+  score, time_s, apex = _curve_arrays(score, time_s, apex)
   _check_lengths(uniform_frames=len(uniform_frames), uniform_s=len(uniform_s))
   _check_lengths(tad_frames=len(tad_frames), tad_s=len(tad_s))
-  _check_lengths(score=len(score), time_s=len(time_s), apex=len(apex))
   columns = max(len(uniform_frames), len(tad_frames), 1)
   height, width = np.shape(uniform_frames)[1:3]
   cell = 10.6 / columns  # inches
@@ -177,10 +175,8 @@ def keyframe_strip(
     ValueError: frames and times, or the curve's arrays, differ in length.
   """
   path = pathlib.Path(path)
-  score, time_s = np.asarray(score, float), np.asarray(time_s, float)
-  apex = np.asarray(apex, bool)
+  score, time_s, apex = _curve_arrays(score, time_s, apex)
   _check_lengths(frames=len(frames), frame_s=len(frame_s))
-  _check_lengths(score=len(score), time_s=len(time_s), apex=len(apex))
   columns = min(len(frames), _STRIP_COLUMNS)
   lines = -(-len(frames) // columns)
   height, width = np.shape(frames)[1:3]
@@ -232,6 +228,16 @@ def _check_lengths(**lengths: int) -> None:
   if len(set(lengths.values())) > 1:
     found = ", ".join(f"{name} {size}" for name, size in lengths.items())
     raise ValueError(f"a film strip wants equal lengths, got {found}")
+
+
+def _curve_arrays(score, time_s, apex):
+  """The curve's arrays, of the same length."""
+  _check_lengths(score=len(score), time_s=len(time_s), apex=len(apex))
+  return (
+    np.asarray(score, float),
+    np.asarray(time_s, float),
+    np.asarray(apex, bool),
+  )
 
 
 def _frame_row(

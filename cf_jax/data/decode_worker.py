@@ -97,7 +97,10 @@ def receive(
     said = json.loads(bytes(_exactly(connection, length, deadline_s)))
     about = [(dtype, tuple(shape)) for dtype, shape in said.pop("arrays")]
   except (
-    *(ValueError, KeyError, TypeError, AttributeError),
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
     RecursionError,
   ) as error:
     raise BrokenError("it says what it never should") from error

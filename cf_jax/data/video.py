@@ -345,9 +345,8 @@ def open_file(
   # when the first file is opened.
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
   own = os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS", "")
-  if not own.endswith(
-    _OPENING
-  ):  # of two values of an option the last one holds
+  # Of two values of an option the last one holds.
+  if not own.endswith(_OPENING):
     os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
       f"{own}|{_OPENING}" if own else _OPENING
     )

@@ -411,7 +411,10 @@ def _files(directory):
     ]:
       raise ValueError(f"files that are not beside it: {outside[:3]}")
   except (
-    *(ValueError, KeyError, TypeError, AttributeError),
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
     RecursionError,
   ) as error:
     raise ValueError(
