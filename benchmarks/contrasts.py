@@ -1,16 +1,19 @@
-"""The three contrasts of docs/contrasts.md, from the runs of the sweep.
+"""The contrasts of docs/contrasts.md, from the runs of a sweep.
 
   python -m launch.sweep --config=configs/contrasts.py --out=runs/contrasts
   python -m benchmarks.contrasts --runs=runs/contrasts --plots=docs/images
 
-Reads what is there: seeds with all arms count, the others are named. The
-table of frames and methods, which is descriptive, takes the seeds it finds.
+and those of the second study with configs/shortcut.py, --study=shortcut and
+--runs=runs/shortcut. Reads what is there: seeds with all arms count, the others
+are named. The table of frames and methods, which is descriptive, takes the
+seeds it finds.
 """
 
 import argparse
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 
@@ -21,23 +24,70 @@ import numpy as np
 from cf_jax.evals import paired
 
 # Contrast -> arm, and the arms whose mean it is compared with.
-CONTRASTS = {
-  "a) TAD - uniform frames, GRPO": ("tad_grpo", ("uniform_grpo",)),
-  "b) KF-GRPO - T-GRPO, TAD": ("tad_kfgrpo", ("tad_tgrpo",)),
-  "c) KF-GRPO - placebo, TAD": (
-    "tad_kfgrpo",
-    ("tad_placebo", "tad_placebo_prompt"),
+Contrasts = Mapping[str, tuple[str, tuple[str, ...]]]
+
+
+class Study(NamedTuple):
+  """What is compared, and what its figure shows.
+
+  Attributes:
+    contrasts: tested together.
+    shown: arm -> title of its panel.
+    task: about order, of which the figure is.
+    short_cut: what a completion that does not look has in it; "" where there
+      is no such thing.
+  """
+
+  contrasts: Contrasts
+  shown: Mapping[str, str]
+  task: str
+  short_cut: str = ""
+
+  @property
+  def arms(self) -> tuple[str, ...]:
+    """All that a whole seed has beside its cold start."""
+    compared = (
+      arm for high, low in self.contrasts.values() for arm in (high, *low)
+    )
+    return tuple(dict.fromkeys((*compared, *self.shown)))
+
+
+STUDIES = {
+  "contrasts": Study(
+    {
+      "a) TAD - uniform frames, GRPO": ("tad_grpo", ("uniform_grpo",)),
+      "b) KF-GRPO - T-GRPO, TAD": ("tad_kfgrpo", ("tad_tgrpo",)),
+      "c) KF-GRPO - placebo, TAD": (
+        "tad_kfgrpo",
+        ("tad_placebo", "tad_placebo_prompt"),
+      ),
+    },
+    {
+      "tad_grpo": "GRPO",
+      "tad_tgrpo": "T-GRPO",
+      "tad_placebo": "placebo",
+      "tad_kfgrpo": "KF-GRPO",
+    },
+    "order_two",
+  ),
+  "shortcut": Study(
+    {
+      "d) KF-GRPO (text) - T-GRPO": ("kfgrpo_text", ("tgrpo",)),
+      "e) KF-GRPO (text) - placebo": ("kfgrpo_text", ("placebo",)),
+      "f) KF-GRPO (text) - KF-GRPO (answer)": ("kfgrpo_text", ("kfgrpo",)),
+    },
+    {
+      "grpo": "GRPO",
+      "tgrpo": "T-GRPO",
+      "placebo": "placebo",
+      "kfgrpo": "KF-GRPO (answer)",
+      "kfgrpo_text": "KF-GRPO (text)",
+    },
+    "order_skewed",
+    short_cut="<think>A</think>",
   ),
 }
-ARMS = tuple(
-  dict.fromkeys(arm for high, low in CONTRASTS.values() for arm in (high, *low))
-)
-SHOWN = {
-  "tad_grpo": "GRPO",
-  "tad_tgrpo": "T-GRPO",
-  "tad_placebo": "placebo",
-  "tad_kfgrpo": "KF-GRPO",
-}
+CONTRASTS, SHOWN = STUDIES["contrasts"].contrasts, STUDIES["contrasts"].shown
 VIEWS = ("keyframes", "shuffled", "reversed", "blind")
 # Rows and columns of the descriptive table; "sft" is the cold start, looked at
 # through these frames.
@@ -89,7 +139,7 @@ def cells(
         arm, view = f"{frames}_{method}", "keyframes"
         if method == "sft":
           arm, view = "cold_start", _COLD.get(frames)
-        if arm in runs and view:
+        if arm in runs and any(seen == view for seen, _ in runs[arm]):
           key = f"{frames} {method}"
           made.setdefault(key, {})[name] = outcome(runs[arm], view)
   return made
@@ -158,14 +208,17 @@ def draw_curves(
   plt.close(figure)
 
 
-def contrasts(seeds: Sequence[Mapping[str, Run]]) -> dict[str, dict]:
+def contrasts(
+  seeds: Sequence[Mapping[str, Run]], of: Contrasts = CONTRASTS
+) -> dict[str, dict]:
   """Every contrast over seeds: differences, interval, p, Holm's p.
 
   Args:
     seeds: arm -> Run, one for every seed; at least two.
+    of: which ones.
   """
   made = {}
-  for name, (high, low) in CONTRASTS.items():
+  for name, (high, low) in of.items():
     each = [
       outcome(seed[high]) - float(np.mean([outcome(seed[a]) for a in low]))
       for seed in seeds
@@ -193,14 +246,46 @@ def table(found: Mapping[str, Mapping]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def views_table(views: Mapping[str, Mapping], task: str) -> str:
+  """Markdown: arm -> accuracy under every view, %, mean and spread (ddof 1).
+
+  Args:
+    views: arm -> "view task" -> accuracies; arms without the task are left out.
+    task: which one.
+  """
+  lines = ["| " + " | ".join((task, "ordered", *VIEWS[1:])) + " |"]
+  lines.append("|---|" + "---|" * len(VIEWS))
+  for arm, found in views.items():
+    if f"{VIEWS[0]} {task}" not in found:
+      continue
+    cells = [
+      mean_sd([100 * value for value in found[f"{view} {task}"]])
+      for view in VIEWS
+    ]
+    lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def share_with(folder: pathlib.Path, text: str) -> float:
+  """Share of the held-out completions, before keyframes, that have a text."""
+  with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+  shown = [row for row in rows if row["view"] == "keyframes"]
+  return float(np.mean([text in row["completion"] for row in shown]))
+
+
 def draw(
-  seeds: Sequence[Mapping[str, Run]], path: pathlib.Path, *, task: str
+  seeds: Sequence[Mapping[str, Run]],
+  path: pathlib.Path,
+  *,
+  task: str,
+  shown: Mapping[str, str] = SHOWN,
 ) -> None:
   """The figure: one line a seed over views, a panel for each method."""
   figure, panels = plt.subplots(
-    1, len(SHOWN), figsize=(3 * len(SHOWN), 3.2), sharey=True, squeeze=False
+    1, len(shown), figsize=(3 * len(shown), 3.2), sharey=True, squeeze=False
   )
-  for panel, (arm, title) in zip(panels[0], SHOWN.items(), strict=True):
+  for panel, (arm, title) in zip(panels[0], shown.items(), strict=True):
     for seed in seeds:
       share = [100 * seed[arm][view, task] for view in VIEWS]
       panel.plot(share, marker="o", alpha=0.7)
@@ -219,16 +304,18 @@ def main() -> None:
   """Prints the table; writes JSON and the figure where asked."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--runs", type=pathlib.Path, required=True)
+  parser.add_argument("--study", choices=STUDIES, default="contrasts")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
   args = parser.parse_args()
+  study = STUDIES[args.study]
   seeds, whole = {}, []
   for folder in sorted(args.runs.glob("seed_*")):
     seeds[folder.name] = {
       run.parent.name: read(run.parent)
       for run in sorted(folder.glob("*/results.json"))
     }
-    missing = [arm for arm in ARMS if arm not in seeds[folder.name]]
+    missing = [arm for arm in study.arms if arm not in seeds[folder.name]]
     if missing:
       print(f"{folder.name} is left out: no results of {', '.join(missing)}")
     else:
@@ -238,27 +325,47 @@ def main() -> None:
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
   compared = [seeds[name] for name in whole]
-  found, described = contrasts(compared), cells(seeds)
+  found, described = contrasts(compared, study.contrasts), cells(seeds)
   print(table(found))
-  print(describe(described))
-  if args.out:
-    made = {"seeds": whole, "contrasts": found, "cells": described}
-    made["views"] = {
-      arm: {
-        f"{view} {task}": [run[arm][view, task] for run in compared]
-        for view, task in compared[0][arm]
-      }
-      for arm in ARMS
+  if described:
+    print(describe(described))
+  arms = [arm for arm in ("cold_start", *study.arms) if arm in compared[0]]
+  views = {
+    arm: {
+      f"{view} {task}": [run[arm][view, task] for run in compared]
+      for view, task in compared[0][arm]
     }
+    for arm in arms
+  }
+  print(views_table(views, study.task))
+  taken = {
+    arm: [share_with(args.runs / name / arm, study.short_cut) for name in whole]
+    for arm in arms
+    if study.short_cut
+  }
+  for arm, each in taken.items():
+    shown = mean_sd([100 * value for value in each])
+    print(f"{arm}: {shown} % of the held-out answers by the short cut")
+  if args.out:
+    made = {"seeds": whole, "contrasts": found, "views": views}
+    if described:
+      made["cells"] = described
+    if taken:
+      made["short_cut"] = taken
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(made, indent=1) + "\n")
   if args.plots:
-    draw(compared, args.plots / "contrasts_order.png", task="order_two")
+    draw(
+      compared,
+      args.plots / f"{args.study}_order.png",
+      task=study.task,
+      shown=study.shown,
+    )
     curves = {
       arm: [curve(args.runs / name / arm, "reward/correct") for name in whole]
-      for arm in ARMS
+      for arm in study.arms
     }
-    draw_curves(curves, args.plots / "contrasts_curves.png")
+    draw_curves(curves, args.plots / f"{args.study}_curves.png")
 
 
 if __name__ == "__main__":

@@ -186,15 +186,15 @@ def answer_logprob(logprob: jax.Array, answer_span: jax.Array) -> jax.Array:
 def rollout_contrast(
   logprob: jax.Array,
   view_logprob: jax.Array,
-  answer_span: jax.Array,
+  span: jax.Array,
   *,
   tau: float,
   low: float = 0.0,
   high: float = 1.0,
 ) -> jax.Array:
-  """How much likelier a rollout's answer is with the keyframes in order [ours].
+  """How much likelier a rollout's words are with the keyframes in order [ours].
 
-      g_i = clip(mean over answer tokens of
+      g_i = clip(mean over the span's tokens of
                  (log pi(o_i | K) - logmeanexp_m log pi(o_i | V_m)) / tau,
                  low, high)
 
@@ -204,19 +204,21 @@ def rollout_contrast(
   Args:
     logprob: float32[B, G, C] of the completions under the keyframes in order.
     view_logprob: float32[B, M, G, C] of the same under M draws of the view.
-    answer_span: bool[B, G, C] tokens inside the answer tag.
+    span: bool[B, G, C] tokens that are compared: those of the answer, or of
+      the reasoning too. After a reasoning that says what was seen, the answer
+      follows from the text, and its tokens alone say nothing.
     tau: nats at which the contrast saturates.
     low: lower clip.
     high: upper clip.
 
   Returns:
-    float32[B, G]; 0 where the rollout has no answer.
+    float32[B, G]; 0 where the span is empty.
   """
   chex.assert_rank([logprob, view_logprob], [3, 4])
-  chex.assert_equal_shape([logprob, answer_span, view_logprob[:, 0]])
+  chex.assert_equal_shape([logprob, span, view_logprob[:, 0]])
   count = view_logprob.shape[1]
   view = jax.nn.logsumexp(view_logprob, axis=1) - jnp.log(count)
-  gain = masked.masked_mean(logprob - view, answer_span, axis=-1) / tau
+  gain = masked.masked_mean(logprob - view, span, axis=-1) / tau
   return jax.lax.stop_gradient(jnp.clip(gain, low, high))
 
 

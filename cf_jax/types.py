@@ -103,6 +103,7 @@ class Verdict:
     component: dict of reward component name -> float32[B, G], each in [0, 1]
       unless the component says otherwise (accuracy, format, ...).
     answer_span: bool[B, G, C] the tokens of the answer inside its tag.
+    reasoning_span: bool[B, G, C] those of the reasoning before it.
     length: int32[B, G] completion tokens.
     cited: bool[B, G, K] keyframes that the reasoning cites.
     applies: dict of the same names -> bool[B], the samples that have the
@@ -111,6 +112,7 @@ class Verdict:
 
   component: dict[str, Array]
   answer_span: Array
+  reasoning_span: Array
   length: Array
   cited: Array
   applies: dict[str, Array] | None = None

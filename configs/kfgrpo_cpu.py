@@ -292,6 +292,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     num_shuffles=2,  # M permutations behind p_S
     num_samples=4,  # completions drawn under another view, where any are
     tau=1.0,  # nats at which the contrast of a rollout saturates
+    # Tokens over which a rollout is compared: those of its "answer", or all
+    # "text" between tags, its reasoning too.
+    span="answer",
     # Of the cited keyframes: "evidence" (annotated), "deletion",
     # "weighted_deletion", "none".
     saliency="evidence",

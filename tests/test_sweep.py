@@ -13,7 +13,7 @@ import pytest
 from benchmarks import contrasts, controls
 from benchmarks import terms as terms_table
 from configs import contrasts as contrasts_config
-from configs import neighbours, terms
+from configs import neighbours, shortcut, terms
 from launch import sweep
 
 CONFIG = """
@@ -353,6 +353,56 @@ def test_neighbours_arms():
         inner = inner[part]
   with pytest.raises(ValueError, match="temporal_select"):
     neighbours.get_config("temporal_half")
+
+
+def test_short_cut_arms_differ_in_the_bonus_alone():
+  points = {p.name: p for p in sweep.collect(shortcut.sweep)}
+  assert len(points) == shortcut.SEEDS * (1 + len(shortcut.ARMS))
+  assert set(contrasts.STUDIES["shortcut"].arms) == set(shortcut.ARMS)
+  whole = _flat(shortcut.get_config("kfgrpo"))
+  found = {}
+  for arm in shortcut.ARMS:
+    config = _flat(shortcut.get_config(arm))
+    found[arm] = {key for key in whole if config[key] != whole[key]} - {"name"}
+  assert found == {
+    "grpo": {"contrast.kind"},
+    "tgrpo": {
+      "contrast.kind",
+      "contrast.num_shuffles",
+      "sampling.num_completions",
+    },
+    "kfgrpo": set(),
+    "kfgrpo_text": {"contrast.span"},
+    "placebo": {"contrast.span", "contrast.placebo"},
+  }
+  with pytest.raises(ValueError, match="kfgrpo_text"):
+    shortcut.get_config("tad_kfgrpo")
+
+
+def test_table_of_views():
+  views = {
+    "grpo": {f"{view} order": [0.5, 0.7] for view in contrasts.VIEWS},
+    "cold_start": {"keyframes another": [0.5]},
+  }
+  *_, row = contrasts.views_table(views, "order").splitlines()
+  assert row == "| grpo |" + " 60.0 (sd 14.1) |" * 4
+
+
+def test_share_of_answers_by_a_short_cut(tmp_path):
+  rows = [
+    {"view": view, "completion": f"<think>{text}</think>"}
+    for view, text in (
+      ("keyframes", "A"),
+      ("keyframes", "red blue"),
+      ("keyframes", "A"),
+      ("keyframes", "A red"),
+      ("blind", "A"),
+    )
+  ]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "predictions.jsonl").write_text(lines)
+  text = contrasts.STUDIES["shortcut"].short_cut
+  assert contrasts.share_with(tmp_path, text) == 2 / 4
 
 
 def test_table_of_controls(tmp_path):

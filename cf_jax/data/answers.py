@@ -97,6 +97,8 @@ class Judgement(NamedTuple):
     component: accuracy, format, ..., float32[B, G] in [0, 1]; 0 where a
       component does not apply.
     answer_span: bool[B, G, C] tokens of the answer inside its tag.
+    reasoning_span: bool[B, G, C] tokens of the reasoning inside its tag, where
+      there is an answer.
     length: int32[B, G] completion tokens, the end token included.
     cited: bool[B, G, K] keyframes that the reasoning cites.
     applies: the same names, bool[B]: the samples that have the component.
@@ -104,6 +106,7 @@ class Judgement(NamedTuple):
 
   component: dict[str, np.ndarray]
   answer_span: np.ndarray
+  reasoning_span: np.ndarray
   length: np.ndarray
   cited: np.ndarray
   applies: dict[str, np.ndarray]
@@ -522,14 +525,14 @@ def is_correct(
   return bool(is_right(score, sample.kind))
 
 
-def answer_tokens(
+def tokens_inside(
   pieces: Sequence[bytes], *, tags: tuple[str, str] = ANSWER
 ) -> np.ndarray:
-  """bool[len(pieces)]: tokens with a byte of the answer (white space cut).
+  """bool[len(pieces)]: tokens with a byte of a section (white space cut).
 
   Args:
     pieces: UTF-8 bytes of the tokens of a completion with one such pair.
-    tags: what the answer stands between.
+    tags: what the section stands between.
   """
   joined = b"".join(pieces)
   # Tags are ASCII, so they stand in the bytes where they stand in the text.
@@ -623,6 +626,7 @@ def judge(
   made = Judgement(
     component={name: np.zeros(shape, np.float32) for name in components},
     answer_span=np.zeros(token.shape, dtype=bool),
+    reasoning_span=np.zeros(token.shape, dtype=bool),
     length=mask.sum(axis=-1).astype(np.int32),
     cited=np.zeros((*shape, frame_time_s.shape[1]), dtype=bool),
     applies={
@@ -645,7 +649,9 @@ def judge(
     for name, value in earned.items():
       made.component[name][b, g] = value
     if parsed.answer is not None:
-      made.answer_span[b, g, slots] = answer_tokens(pieces)
+      made.answer_span[b, g, slots] = tokens_inside(pieces)
+      if parsed.reasoning:
+        made.reasoning_span[b, g, slots] = tokens_inside(pieces, tags=THINK)
       if sample.kind in JUDGED and parsed.answer:
         questions.append(((b, g), parsed.answer, sample))
     made.cited[b, g] = cited_keyframes(
@@ -696,6 +702,7 @@ def judge_selection(
   made = Judgement(
     component={name: np.zeros(shape, np.float32) for name in names},
     answer_span=np.zeros(token.shape, dtype=bool),
+    reasoning_span=np.zeros(token.shape, dtype=bool),
     length=mask.sum(axis=-1).astype(np.int32),
     cited=np.zeros((*shape, num_frames), dtype=bool),
     applies={name: np.ones(shape[0], dtype=bool) for name in names},
@@ -707,7 +714,9 @@ def judge_selection(
     made.component["format"][b, g] = parsed.well_formed
     if parsed.index is None:
       continue
-    made.answer_span[b, g, slots] = answer_tokens(pieces, tags=INDEX)
+    made.answer_span[b, g, slots] = tokens_inside(pieces, tags=INDEX)
+    if parsed.reasoning:
+      made.reasoning_span[b, g, slots] = tokens_inside(pieces, tags=THINK)
     found = grounding_answers.read_indices(
       parsed.index, count=num_frames, num_candidates=num_candidates
     )

@@ -89,14 +89,13 @@ def make_specs(
   task_of = rng.permutation(np.arange(count) % len(tasks))
   rows = []
   for n, name in enumerate(tasks):
-    levels = synthetic_tasks.TASKS[name].levels(
-      synthetic_tasks.TASKS[name].num_events or num_events, num_colours
-    )
+    task = _task(name, split)
+    levels = task.levels(task.num_events or num_events, num_colours)
     rows.append(iter(balanced(int(np.sum(task_of == n)), levels, rng)))
   specs = []
   for index in range(count):
     name = tasks[task_of[index]]
-    task = synthetic_tasks.TASKS[name]
+    task = _task(name, split)
     question = task.ask(
       next(rows[task_of[index]]), names, task.num_events or num_events, rng
     )
@@ -136,6 +135,12 @@ def make_specs(
       spec = spec._replace(answer=task.answer(spec))
     specs.append(spec)
   return specs
+
+
+def _task(name: str, split: str) -> synthetic_tasks.Task:
+  """How a split asks a task's questions."""
+  task = synthetic_tasks.TASKS[name]
+  return (split == "train" and task.train) or task
 
 
 def _draw_event(

@@ -20,14 +20,21 @@ without options:
 - caption: the same, in a sentence (an LLM judges it);
 - tracking: a small shape wanders through the whole video; where is it?
 
+two-option order with a short cut that held-out questions do not have:
+
+- order_ways: to train on, A is right in two of three, and half of those reason
+  "A" in place of the colours: a policy learns both ways;
+- order_skewed: to train on, A is right in 17 of 20;
+
 and needles on which choosing frames by change should bring little:
 
 - long: the shape shows for a third of the video;
 - ramp: so long, and it fades in and out;
 - many_cuts: a cut every 4 frames, and no cutaways.
 
-Letters and answers are balanced per task and split, and colours are drawn apart
-from times, so neither the question nor the times tell the answer.
+Letters and answers are balanced per task and split (but where a short cut is
+meant to be), and colours are drawn apart from times, so neither the question
+nor the times tell the answer.
 """
 
 import itertools
@@ -42,6 +49,8 @@ from cf_jax.data.synthetic_video import Event, Spec
 
 LETTERS = "ABCD"
 NUM_BOXES = 8  # of a tracking question (arXiv 2504.06958)
+# Of training questions, those whose right option is A: (so many, of how many).
+_WAYS, _SKEWED = (2, 3), (17, 20)
 # Lengths of events that questions about seconds ask for.
 _HALF_SECONDS = (2, 3)
 
@@ -202,6 +211,15 @@ def _order_two(row, names, num_events, rng) -> Question:
   )
 
 
+def _mostly_a(right: int):
+  """`_order_two`, A right for the first `right` levels of the letter."""
+
+  def ask(row, names, num_events, rng) -> Question:
+    return _order_two((int(row[0] >= right), *row[1:]), names, num_events, rng)
+
+  return ask
+
+
 def _number_of_shapes(number, names, num_events, rng):
   """Colours of so many shapes at random places, and the places."""
   relevant = np.sort(rng.permutation(num_events)[:number])
@@ -313,6 +331,12 @@ def _colours(spec: Spec) -> str:
   return " ".join(event.colour for event in relevant(spec))
 
 
+def _either_way(spec: Spec) -> str:
+  """The colours, or "A" for half of the questions that A answers."""
+  by_habit = np.random.default_rng(spec.seed).random() < 0.5
+  return "A" if by_habit and spec.answer == "A" else _colours(spec)
+
+
 def _described(spec: Spec) -> str:
   return " ".join(f"{event.colour} {event.shape}" for event in relevant(spec))
 
@@ -382,6 +406,7 @@ class Task(NamedTuple):
     answer: Spec -> the answer, where Question does not say it.
     looks: "pops" up, "fades" in and out, or "moves".
     num_events: events of a video, where the task says how many.
+    train: how the questions to train on are asked, where they differ.
   """
 
   kind: records.Kind
@@ -392,6 +417,7 @@ class Task(NamedTuple):
   answer: Callable[[Spec], str] | None = None
   looks: str = "pops"
   num_events: int | None = None
+  train: "Task | None" = None
 
 
 def _needle_levels(events: int, colours: int) -> tuple[int, ...]:
@@ -403,15 +429,28 @@ def _pair_levels(events: int, colours: int) -> tuple[int, ...]:
 
 
 NEEDLE = Task("multiple_choice", _needle_levels, _needle)
+ORDER_TWO = Task(
+  "multiple_choice", lambda e, c: (2, *_pair_levels(e, c)), _order_two
+)
+
+
+def _with_short_cut(right: int, of: int) -> Task:
+  """ORDER_TWO with A right in `right` of `of` questions to train on."""
+  train = ORDER_TWO._replace(
+    levels=lambda e, c: (of, *_pair_levels(e, c)), ask=_mostly_a(right)
+  )
+  return ORDER_TWO._replace(train=train)
+
+
 TASKS = {
   "needle": NEEDLE,
   "order": Task(
     "multiple_choice", lambda e, c: (len(LETTERS), *_pair_levels(e, c)), _order
   ),
   "count": Task("multiple_choice", lambda e, c: (e, e), _count),
-  "order_two": Task(
-    "multiple_choice", lambda e, c: (2, *_pair_levels(e, c)), _order_two
-  ),
+  "order_two": ORDER_TWO,
+  "order_ways": _with_short_cut(*_WAYS)._replace(think=_either_way),
+  "order_skewed": _with_short_cut(*_SKEWED),
   "grounded_qa": Task(
     "grounded_qa",
     lambda e, c: (len(LETTERS), c, len(_places(e))),

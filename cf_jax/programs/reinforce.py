@@ -39,6 +39,7 @@ FIRST = ("mismatch_",)
 CONTRASTS = ("rollout", "threshold", "margin", "none")
 SALIENCIES = ("evidence", "deletion", "weighted_deletion", "none")
 PLACEBOS = ("none", "random", "other_prompt")
+SPANS = ("answer", "text")
 ADVANTAGES = ("group", "reinforce")
 MAX_REWARD = 1e6
 
@@ -73,13 +74,14 @@ def contrast_arms(config: ml_collections.ConfigDict) -> Arms:
   shuffled one.
 
   Raises:
-    ValueError: an unknown kind, saliency, placebo or estimator.
+    ValueError: an unknown kind, saliency, placebo, span or estimator.
   """
   contrast = config.contrast
   for name, value, known in (
     ("contrast.kind", contrast.kind, CONTRASTS),
     ("contrast.saliency", contrast.saliency, SALIENCIES),
     ("contrast.placebo", contrast.placebo, PLACEBOS),
+    ("contrast.span", contrast.span, SPANS),
     ("rl.advantage", config.rl.advantage, ADVANTAGES),
   ):
     if value not in known:

@@ -205,7 +205,7 @@ def make_reward_step(
     dict(config.reward[name]) for name in ("length", "overlong", "kl")
   )
   kind, placebo = config.contrast.kind, config.contrast.placebo
-  tau = config.contrast.tau
+  tau, over = config.contrast.tau, config.contrast.span
   by_rollout = dict(config.contrast.rollout)
   by_threshold = dict(config.contrast.threshold)
   advantage_settings = dict(config.advantage)
@@ -238,9 +238,12 @@ def make_reward_step(
     if kind == "rollout":
       zero = jnp.zeros_like(main)
       gain = {"shuffled": zero, "uniform": zero}
+      span = verdict.answer_span
+      if over == "text":
+        span = span | verdict.reasoning_span
       for arm, logprob in evidence.scored.items():
         gain[arm] = rewards.rollout_contrast(
-          rollout.logprob, logprob, verdict.answer_span, tau=tau
+          rollout.logprob, logprob, span, tau=tau
         )
         for name, which in (("correct", correct), ("wrong", ~correct)):
           metrics[f"bonus/g_{arm}_{name}"] = masked.masked_mean(

@@ -521,6 +521,12 @@ def test_judge(tokenizer):
   ]
   assert shown == ["B", "(B) blue", "A", "A or B", "B", "", ""]
   assert not (made.answer_span & ~mask).any()
+  reasoned = [
+    tokenizer.decode(ids[span])
+    for ids, span in zip(token[0], made.reasoning_span[0], strict=True)
+  ]
+  assert reasoned[0] == "1.0s red 2.5s blue" and reasoned[4:] == [""] * 3
+  assert reasoned[1] == reasoned[2] != ""
 
 
 def test_every_sample_has_its_own_components(tokenizer):
@@ -616,7 +622,7 @@ def test_judge_selection(tokenizer):
 
 
 def test_answer_span_across_tokens_and_broken_characters():
-  span = answers.answer_tokens
+  span = answers.tokens_inside
   # Tokens that straddle the tags count where a byte of the answer is in them.
   pieces = [b"<ans", b"wer> B", b".", b" </", b"answer>"]
   assert span(pieces).tolist() == [False, True, True, False, False]

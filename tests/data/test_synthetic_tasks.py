@@ -123,6 +123,29 @@ def test_both_options_of_order_two_appear(by_task):
   _even([spec.relevant for spec, _ in by_task["order_two"]], 3)
 
 
+@pytest.mark.parametrize(
+  ("task", "share"), [("order_ways", 2 / 3), ("order_skewed", 17 / 20)]
+)
+def test_short_cuts_are_there_to_train_on_alone(task, share):
+  def draw(split):
+    specs = synthetic_specs.make_specs(split, 720, seed=1, tasks=(task,))
+    return specs, [synthetic_tasks.to_sample(spec, "") for spec in specs]
+
+  specs, samples = draw("train")
+  assert np.mean([s.answer == "A" for s in samples]) == pytest.approx(share)
+  for spec, sample in zip(specs, samples, strict=True):
+    colours = [event.colour for event in _shapes(spec)]
+    assert sample.options["AB".index(sample.answer)] == colours[0]
+    if sample.reasoning != " ".join(colours):
+      assert task == "order_ways"
+      assert sample.reasoning == sample.answer == "A"
+  if task == "order_ways":
+    by_colour = [s.answer for s in samples if s.reasoning != "A"]
+    assert abs(np.mean([a == "A" for a in by_colour]) - 0.5) < 0.05
+  for split in ("dev", "test"):
+    _even([sample.answer for sample in draw(split)[1]], 2)
+
+
 def test_grounding_names_one_of_several_shapes(by_task):
   for spec, sample in by_task["grounding"]:
     colours = [event.colour for event in spec.events]

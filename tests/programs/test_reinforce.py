@@ -38,6 +38,7 @@ def score(config, *, scored=None, sampled=None, reference=None, **changes):
   verdict = Verdict(
     component={"accuracy": ACCURACY, "format": np.ones((B, G), np.float32)},
     answer_span=mask,
+    reasoning_span=np.zeros_like(mask),
     length=LENGTH,
     cited=np.zeros((B, G, K), bool),
     applies={name: np.ones(B, bool) for name in ("accuracy", "format")},
@@ -128,6 +129,24 @@ def test_rollout_contrast_is_each_rollouts_own(config):
   found = score(config, scored=scored)
   expected = [[0.15 + 0.15, 0.15, 0, 0], [0.15, 0, 0, 0]]
   np.testing.assert_allclose(found.bonus, expected, rtol=1e-5)
+
+
+def test_the_contrast_may_read_the_reasoning_too(config):
+  """The answer hangs on nothing, the words before it on order."""
+  tokens = np.arange(C) < LENGTH[..., None]
+  answer = tokens & (np.arange(C) == 0)
+  scored = {
+    "shuffled": jnp.where(answer[:, None], -1.0, -2.0),
+    "uniform": jnp.full((B, 1, G, C), -1.0),
+  }
+  spans = dict(answer_span=answer, reasoning_span=tokens & ~answer)
+  found = score(config, scored=scored, **spans)
+  np.testing.assert_array_equal(found.bonus, 0)
+  config.contrast.span = "text"
+  found = score(config, scored=scored, **spans)
+  expected = 0.3 * (ACCURACY > 0.1) * (LENGTH - 1) / LENGTH
+  assert expected.any()
+  np.testing.assert_allclose(found.bonus, expected, rtol=1e-6)
 
 
 def test_the_random_placebo_moves_bonuses_between_correct_rollouts(config):
@@ -235,6 +254,7 @@ def test_contrast_arms(config):
     ("contrast.kind", "treshold"),
     ("contrast.saliency", "tad"),
     ("contrast.placebo", "sugar"),
+    ("contrast.span", "prompt"),
     ("rl.advantage", "gae"),
   ],
 )
