@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arm == "cold_start":
     config.data.synthetic.tasks = ("order_ways",)
     config.rl.steps = 0
-    config.sft.stop_accuracy = 0.75
+    config.sft.stop_accuracy = 0.7
     config.report.stages = ("sft",)
     return config
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import contrasts, controls
+from benchmarks import neighbours as neighbours_table
 from benchmarks import terms as terms_table
 from configs import contrasts as contrasts_config
 from configs import neighbours, shortcut, terms
@@ -353,6 +354,42 @@ def test_neighbours_arms():
         inner = inner[part]
   with pytest.raises(ValueError, match="temporal_select"):
     neighbours.get_config("temporal_half")
+
+
+def test_table_of_neighbours(tmp_path):
+  common = {"accuracy": 0.5, "score": 0.4}
+  rows = [
+    {"stage": "sft", "view": "keyframes", "task": "all", **common},
+    {"stage": "rl", "view": "blind", "task": "all", **common},
+    {"stage": "rl", "view": "keyframes", "task": "all", **common},
+    {
+      "stage": "rl",
+      "view": "keyframes",
+      "task": "grounding",
+      **common,
+      "recall": {"0.3": 0.75, "0.5": 0.5, "0.7": 0.25},
+    },
+  ]
+  results = {"evaluations": rows, "hit_rates": {"rl": {"keyframes": 1.0}}}
+  (tmp_path / "results.json").write_text(json.dumps(results))
+  run = neighbours_table.read(tmp_path)
+  assert run == {
+    "all": {"right": 0.5, "score": 0.4, "hits": 1.0},
+    "grounding": {
+      "right": 0.5,
+      "score": 0.4,
+      "from 0.3": 0.75,
+      "from 0.5": 0.5,
+      "from 0.7": 0.25,
+    },
+  }
+  *_, row = neighbours_table.table({"arm": [run, run]}).splitlines()
+  cells = ["50.0", "40.0", "75.0", "50.0", "25.0"]
+  shown = " | ".join(f"{cell} (sd 0.0)" for cell in cells)
+  assert row == f"| arm | 2 | grounding | {shown} |  |"
+  curves = {"a": {"b": [list(range(9)), [3] * 9]}}
+  neighbours_table.draw(curves, tmp_path / "curves.png")
+  assert (tmp_path / "curves.png").stat().st_size > 8_000
 
 
 def test_short_cut_arms_differ_in_the_bonus_alone():

@@ -22,8 +22,8 @@ without options:
 
 two-option order with a short cut that held-out questions do not have:
 
-- order_ways: to train on, A is right in two of three, and half of those reason
-  "A" in place of the colours: a policy learns both ways;
+- order_ways: to train on, A is right in three of five, and a third of those
+  reason "A" in place of the colours: a policy learns both ways;
 - order_skewed: to train on, A is right in 17 of 20;
 
 and needles on which choosing frames by change should bring little:
@@ -50,7 +50,7 @@ from cf_jax.data.synthetic_video import Event, Spec
 LETTERS = "ABCD"
 NUM_BOXES = 8  # of a tracking question (arXiv 2504.06958)
 # Of training questions, those whose right option is A: (so many, of how many).
-_WAYS, _SKEWED = (2, 3), (17, 20)
+_WAYS, _SKEWED = (3, 5), (17, 20)
 # Lengths of events that questions about seconds ask for.
 _HALF_SECONDS = (2, 3)
 
@@ -332,8 +332,8 @@ def _colours(spec: Spec) -> str:
 
 
 def _either_way(spec: Spec) -> str:
-  """The colours, or "A" for half of the questions that A answers."""
-  by_habit = np.random.default_rng(spec.seed).random() < 0.5
+  """The colours, or "A" for a third of the questions that A answers."""
+  by_habit = np.random.default_rng(spec.seed).random() < 1 / 3
   return "A" if by_habit and spec.answer == "A" else _colours(spec)
 
 

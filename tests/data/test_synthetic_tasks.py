@@ -124,7 +124,7 @@ def test_both_options_of_order_two_appear(by_task):
 
 
 @pytest.mark.parametrize(
-  ("task", "share"), [("order_ways", 2 / 3), ("order_skewed", 17 / 20)]
+  ("task", "share"), [("order_ways", 3 / 5), ("order_skewed", 17 / 20)]
 )
 def test_short_cuts_are_there_to_train_on_alone(task, share):
   def draw(split):

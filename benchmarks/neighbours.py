@@ -1,0 +1,143 @@
+"""What the neighbouring systems' small runs came to, before and after.
+
+  python -m launch.sweep --config=configs/neighbours.py --out=runs/neighbours
+  python -m benchmarks.neighbours --runs=runs/neighbours --plots=docs/images \
+    --out=docs/results/neighbours.json
+
+Descriptive: few seeds, no test. A row is a run's last policy on the held-out
+videos of one task: right answers, mean score (of intervals the mean IoU), the
+share of IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
+annotated events that got a frame. Reads the runs that are there.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import contrasts
+from configs import neighbours
+
+LIMITS = ("0.3", "0.5", "0.7")
+COLUMNS = ("right", "score", *(f"from {limit}" for limit in LIMITS), "hits")
+
+# task -> column -> value, of one run
+Run = Mapping[str, Mapping[str, float]]
+
+
+def read(folder: pathlib.Path) -> Run:
+  """What a finished run's last policy gets with its own frames."""
+  results = json.loads((folder / "results.json").read_text("utf-8"))
+  last = results["evaluations"][-1]["stage"]
+  hits = results["hit_rates"].get(last, {}).get("keyframes")
+  made = {}
+  for row in results["evaluations"]:
+    if (row["stage"], row["view"]) != (last, "keyframes"):
+      continue
+    found = {"right": row["accuracy"], "score": row["score"]}
+    found |= {
+      f"from {limit}": share for limit, share in row.get("recall", {}).items()
+    }
+    if row["task"] == "all" and hits is not None:
+      found["hits"] = hits
+    made[row["task"]] = found
+  return made
+
+
+def table(found: Mapping[str, Sequence[Run]]) -> str:
+  """Markdown: arm and task -> columns in %, mean and spread (ddof 1).
+
+  Args:
+    found: arm -> one Run a seed.
+  """
+  lines = ["| arm | seeds | task | " + " | ".join(COLUMNS) + " |"]
+  lines.append("|---|---|---|" + "---|" * len(COLUMNS))
+  for arm, seeds in found.items():
+    for task in seeds[0]:
+      cells = [
+        contrasts.mean_sd(
+          [100 * seed[task][name] for seed in seeds if name in seed[task]]
+        )
+        for name in COLUMNS
+      ]
+      lines.append(f"| {arm} | {len(seeds)} | {task} | {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def draw(
+  curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+  path: pathlib.Path,
+  *,
+  window: int = 5,
+) -> None:
+  """Rewards over updates, a panel for each system.
+
+  Args:
+    curves: system -> arm -> one curve a seed, equally long.
+    path: of the picture.
+    window: updates of the moving mean.
+  """
+  figure, panels = plt.subplots(
+    1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False
+  )
+  kernel = np.ones(window) / window
+  for panel, (system, arms) in zip(panels[0], curves.items(), strict=True):
+    for number, (arm, each) in enumerate(arms.items()):
+      smooth = [np.convolve(one, kernel, "valid") for one in each]
+      update = np.arange(len(smooth[0])) + window
+      for line in smooth:
+        panel.plot(update, line, color=f"C{number}", alpha=0.3, linewidth=0.8)
+      panel.plot(update, np.mean(smooth, axis=0), color=f"C{number}", label=arm)
+    panel.set_title(system)
+    panel.set_xlabel("update")
+    panel.legend(fontsize=8)
+    panel.grid(alpha=0.3)
+  panels[0][0].set_ylabel(f"reward (mean of {window} updates)")
+  figure.tight_layout()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Prints the table; writes JSON and the figure where asked."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--runs", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--plots", type=pathlib.Path)
+  args = parser.parse_args()
+  found, curves = {}, {}
+  for system, variants in neighbours.ARMS.items():
+    for variant in ("cold", *variants):
+      arm = f"{system}_{variant}"
+      folders = [
+        path.parent
+        for path in sorted(args.runs.glob(f"seed_*/{arm}/results.json"))
+      ]
+      if not folders:
+        continue
+      found[arm] = [read(folder) for folder in folders]
+      key = "selector/reward" if system == "tspo" else "reward/mean"
+      each = [contrasts.curve(folder, key) for folder in folders]
+      if all(each):
+        curves.setdefault(system, {})[variant] = each
+  if not found:
+    parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
+  print(table(found))
+  if args.out:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+  if args.plots and curves:
+    draw(curves, args.plots / "neighbours_curves.png")
+
+
+if __name__ == "__main__":
+  main()
