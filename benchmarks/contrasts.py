@@ -266,6 +266,45 @@ def views_table(views: Mapping[str, Mapping], task: str) -> str:
   return "\n".join(lines) + "\n"
 
 
+def bonuses(folder: pathlib.Path) -> dict[str, float]:
+  """How the bonuses of right rollouts differ, in the groups that a run kept.
+
+  Groups of one right rollout or none are left out; a run keeps one of every
+  update.
+
+  Returns:
+    mean, within (groups: standard deviation, ddof 0), between (their means) and
+    texts (different completions of a group).
+  """
+  groups: dict[tuple, list[dict]] = {}
+  with (folder / "rollouts.jsonl").open(encoding="utf-8") as file:
+    for row in map(json.loads, file):
+      if row["stage"] == "rl" and row["rewards"]["accuracy"] > 0.1:
+        groups.setdefault((row["step"], row["sample_id"]), []).append(row)
+  several = [rows for rows in groups.values() if len(rows) > 1]
+  each = [[row["rewards"]["bonus"] for row in rows] for rows in several]
+  means = [np.mean(bonus) for bonus in each]
+  return {
+    "mean": float(np.mean(means)),
+    "within": float(np.sqrt(np.mean([np.var(bonus) for bonus in each]))),
+    "between": float(np.std(means)),
+    "texts": float(
+      np.mean([len({row["completion"] for row in rows}) for rows in several])
+    ),
+  }
+
+
+def bonus_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+  """Markdown of `bonuses`: arm -> one a seed; mean and spread (ddof 1)."""
+  names = ("mean", "within", "between", "texts")
+  lines = ["| bonus of right rollouts | " + " | ".join(names) + " |"]
+  lines.append("|---|" + "---|" * len(names))
+  for arm, seeds in found.items():
+    cells = [mean_sd([seed[name] for seed in seeds], 3) for name in names]
+    lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
 def share_with(folder: pathlib.Path, text: str) -> float:
   """Share of the held-out completions, before keyframes, that have a text."""
   with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
@@ -338,6 +377,12 @@ def main() -> None:
     for arm in arms
   }
   print(views_table(views, study.task))
+  spreads = {
+    arm: [bonuses(args.runs / name / arm) for name in whole]
+    for arm in study.arms
+  }
+  spreads = {arm: s for arm, s in spreads.items() if any(x["mean"] for x in s)}
+  print(bonus_table(spreads))
   taken = {
     arm: [share_with(args.runs / name / arm, study.short_cut) for name in whole]
     for arm in arms
@@ -347,7 +392,12 @@ def main() -> None:
     shown = mean_sd([100 * value for value in each])
     print(f"{arm}: {shown} % of the held-out answers by the short cut")
   if args.out:
-    made = {"seeds": whole, "contrasts": found, "views": views}
+    made = {
+      "seeds": whole,
+      "contrasts": found,
+      "views": views,
+      "bonuses": spreads,
+    }
     if described:
       made["cells"] = described
     if taken:

@@ -87,6 +87,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   elif method == "placebo_prompt":
     config.contrast.placebo = "other_prompt"
   config.sampling.num_completions = completions
+  if arm in FURTHER_ARMS:
+    config.evaluation.arms = ("keyframes", "reversed")
   return config
 
 

@@ -54,6 +54,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   cold = arm == "cited_cold_start"
   config = contrasts.get_config("cold_start" if cold else "tad_kfgrpo")
   config.name = f"terms_{arm}"
+  if not cold:
+    config.evaluation.arms = ("keyframes", "reversed")
   frames, _, term = arm.partition("_")
   if frames == "cited":
     config.data.synthetic.tasks = ("grounded_qa",)

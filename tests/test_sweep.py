@@ -292,7 +292,7 @@ def _flat(config, prefix=""):
 def test_a_term_is_one_change(arm, changed):
   whole, config = (_flat(terms.get_config(a)) for a in (None, arm))
   found = {key for key in whole if config[key] != whole[key]}
-  assert found == {"name", *changed}
+  assert found == {"name", "evaluation.arms", *changed}
   assert {key: config[key] for key in changed} == changed
 
 
@@ -423,6 +423,31 @@ def test_table_of_views():
   }
   *_, row = contrasts.views_table(views, "order").splitlines()
   assert row == "| grpo |" + " 60.0 (sd 14.1) |" * 4
+
+
+def test_spread_of_bonuses_by_hand(tmp_path):
+  def row(step, text, bonus, accuracy=1.0):
+    return {
+      "stage": "rl",
+      "step": step,
+      "sample_id": "a",
+      "completion": text,
+      "rewards": {"accuracy": accuracy, "bonus": bonus},
+    }
+
+  rows = [
+    *(row(1, "x", 0.1), row(1, "y", 0.3), row(1, "z", 9.0, accuracy=0.0)),
+    *(row(2, "x", 0.4), row(2, "x", 0.4)),
+    row(3, "x", 7.0),  # alone: nothing to differ from
+  ]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "rollouts.jsonl").write_text(lines)
+  found = contrasts.bonuses(tmp_path)
+  assert found == pytest.approx(
+    {"mean": 0.3, "within": 0.1 / 2**0.5, "between": 0.1, "texts": 1.5}
+  )
+  row = "| a | 0.300 | 0.071 | 0.100 | 1.500 |"
+  assert row in contrasts.bonus_table({"a": [found]})
 
 
 def test_share_of_answers_by_a_short_cut(tmp_path):
