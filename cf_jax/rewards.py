@@ -63,7 +63,7 @@ def combine(
 def component_means(
   component: Mapping[str, jax.Array],
   applies: Mapping[str, jax.Array] | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, tuple[jax.Array, jax.Array]]:
   """The mean of every component over the samples that have it.
 
   Args:
@@ -71,15 +71,16 @@ def component_means(
     applies: as in `combine`.
 
   Returns:
-    name -> float32[]; 0 where no sample of the batch has it.
+    name -> float32[], 0 where no sample of the batch has it; int32[] samples
+    that do.
   """
-  means = {}
+  made = {}
   for name, value in component.items():
-    if applies is None or name not in applies:
-      means[name] = jnp.mean(value)
-    else:
-      means[name] = masked.masked_mean(value, applies[name][:, None])
-  return means
+    has = jnp.ones(len(value), bool)
+    if applies is not None and name in applies:
+      has = applies[name]
+    made[name] = masked.masked_mean(value, has[:, None]), jnp.sum(has)
+  return made
 
 
 def group_means(
@@ -157,7 +158,7 @@ def with_product(
   if unknown or not factors:
     raise ValueError(
       f"factors {unknown or 'none'}, but the components are"
-      f" {sorted(component)}; change config.reward.product"
+      f" {sorted(component)}; change config.reward.products"
     )
   product = 1.0
   for factor in factors:

@@ -127,12 +127,15 @@ class OtherView:
     ref_logprob: float32[B, G, C] under the frozen reference and this view.
     answer_span: bool[B, G, C] the tokens that are compared.
     select: bool[B, G] completions that take part.
+    moved: bool[B] False where the view is that of the keyframes: nothing can be
+      shuffled there.
   """
 
   view: View
   ref_logprob: Array
   answer_span: Array
   select: Array
+  moved: Array
 
 
 @flax.struct.dataclass

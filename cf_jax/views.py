@@ -200,6 +200,53 @@ def make_selector(
   return choose
 
 
+def frames_of_boxes(
+  samples: Sequence[records.Sample],
+  mask: np.ndarray,
+  keyframes: Keyframes,
+  uniform: np.ndarray,
+) -> tuple[Keyframes, np.ndarray]:
+  """The same, but for tracking questions: they show what their boxes are of.
+
+  A question with n boxes has them in n frames at equal distances, and is asked
+  for as many; its other slots stay empty, whatever was selected.
+
+  Args:
+    samples: B samples.
+    mask: bool[B, T] real scanned frames.
+    keyframes: of the selection, numpy arrays [B, ...].
+    uniform: int32[B, K] uniform frames, T where there is none.
+
+  Raises:
+    ValueError: more boxes than K, or than the video has frames.
+  """
+  rows = [n for n, sample in enumerate(samples) if sample.kind == "tracking"]
+  if not rows:
+    return keyframes, uniform
+  num_slots, num_frames = keyframes.index.shape[1], mask.shape[1]
+  index, uniform = keyframes.index.copy(), uniform.copy()
+  for row in rows:
+    sample, real = samples[row], int(mask[row].sum())
+    count = len(sample.boxes)
+    if count > min(num_slots, real):
+      raise ValueError(
+        f"tracking sample {sample.id!r} has boxes of {count} frames, got"
+        f" {num_slots} keyframes and {real} scanned frames; raise"
+        " config.tad.num_keyframes or config.data.loader.scan_frames, or leave"
+        " the sample out"
+      )
+    index[row] = num_frames
+    index[row, :count] = tad.uniform_index(mask[row], count)
+    uniform[row] = index[row]
+  shown = np.array([sample.kind == "tracking" for sample in samples])[:, None]
+  return keyframes.replace(
+    index=index,
+    mask=np.where(shown, index < num_frames, keyframes.mask),
+    order=np.where(shown, index, keyframes.order),
+    saliency=np.where(shown, 0, keyframes.saliency),
+  ), uniform
+
+
 class ViewMaker:
   """Turns loader batches into `Prepared` batches.
 
@@ -305,7 +352,15 @@ class ViewMaker:
     unknown = sorted(set(arms) - set(ARMS))
     if unknown:
       raise ValueError(f"unknown arms {unknown}; choose from {ARMS}")
-    keyframes, uniform = selected or self._selected(batch)
+    if selected is None:
+      selected = self._selected(batch)
+    elif any(sample.kind == "tracking" for sample in batch.samples):
+      raise ValueError(
+        "the frames of a tracking question are those of its boxes, none are"
+        " left to choose; leave such samples out, or set"
+        " config.selector.learn=False"
+      )
+    keyframes, uniform = selected
     uniform_mask = uniform < batch.scan_mask.shape[1]
     scanned = np.concatenate([keyframes.index, uniform], axis=1)  # [B, 2K]
     mask = np.concatenate([keyframes.mask, uniform_mask], axis=1)
@@ -470,7 +525,8 @@ class ViewMaker:
       for sample, mask in zip(batch.samples, batch.scan_mask, strict=True)
     ]
     with self._lock:
-      return self._remembered(batch, keys)
+      keyframes, uniform = self._remembered(batch, keys)
+    return frames_of_boxes(batch.samples, batch.scan_mask, keyframes, uniform)
 
   def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):

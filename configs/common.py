@@ -72,6 +72,7 @@ def start(
   else:
     config = kfgrpo_cpu.get_config()
     _qwen2_5_vl(config)
+  config.contrast.watch_every = 0
   config.name = "_".join([name, *(arg.split(",") if arg else ())])
   return config
 
@@ -104,6 +105,8 @@ def _qwen2_5_vl(config: ml_collections.ConfigDict) -> None:
     " then the times that show it, in seconds, as in"
     " <glue>[(12.0, 15.5)]</glue>."
   }
+  # A cold start, where max_steps asks for one: as the templates ask, and whole.
+  config.sft.update(answer_form="letter", stop_accuracy=1.1, eval_every=100)
   config.evaluation.batch_size = 8
   config.report.probe_videos = 0  # the probes are of the built-in set
 
@@ -121,7 +124,6 @@ def unclipped_grpo(config: ml_collections.ConfigDict) -> None:
 
 
 def schedule(config: ml_collections.ConfigDict, **settings) -> None:
-  """The optimizer of every stage that has updates."""
-  for stage, steps in (("sft", config.sft.max_steps), ("rl", config.rl.steps)):
-    if steps:
-      config[stage].optim.update(**settings)
+  """The optimizer of both stages, also of one that has no updates yet."""
+  for stage in ("sft", "rl"):
+    config[stage].optim.update(**settings)

@@ -57,6 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.answers.reasoning = "none"
   config.rl.steps = 100
   config.evaluation.arms = ("keyframes", "shuffled", "reversed", "blind")
+  config.contrast.watch_every = 0
   if arm == "cold_start":
     config.rl.steps = 0
     config.report.stages = ("sft",)

@@ -52,7 +52,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     time_format="{:.1f}s", question_template=QUESTION_TEMPLATE
   )
 
-  config.sft.max_steps = 0  # no cold start
+  # No cold start; where there is worded reasoning, max_steps asks for one.
+  config.sft.update(max_steps=0, answer_form="letter", stop_accuracy=1.1)
+  config.sft.optim.update(learning_rate=1e-5, b2=0.999)
   config.rl.update(steps=500, prompts_per_step=8, checkpoint_every=25)
   config.rl.optim.update(learning_rate=1e-5, warmup_steps=20)
   config.sampling.max_tokens = 512

@@ -227,7 +227,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     advantage="group",
     # Of advantage.scale "batch": how slowly the running std of a kind of
     # question forgets; 0 takes the batch alone.
-    std_decay=0.0,
+    std_decay=0.9,
     # Groups without spread teach nothing. Further batches that may be sampled
     # to fill up an update with groups that have some, and whether those
     # without are left out of the loss (with resample they always are).
@@ -303,7 +303,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     placebo="none",
     # Updates between looks at the accuracy of shuffled and uniform frames; 0:
     # never.
-    watch_every=0,
+    watch_every=50,
   )
   config.contrast.rollout = dict(
     alpha_t=0.3,  # temporal bonus (shuffled view)

@@ -21,6 +21,9 @@ import ml_collections
 
 from configs import common
 
+# Saliency judges the times that the reasoning cites.
+CITE = "First reason, citing times, inside <think> </think>, then give"
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; `arg` is None or "smoke"."""
@@ -31,9 +34,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.reader.size_px = (280, 504)  # 180 tokens a frame
   config.tad.num_keyframes = 16
   config.prompt.max_tokens = 3584
+  build, templates = config.prompt.build, config.prompt.templates
+  build.question_template = build.question_template.replace(common.THINK, CITE)
+  for kind, template in templates.items():
+    templates[kind] = template.replace(common.THINK, CITE)
   config.sft.max_steps = 0
   config.rl.update(steps=1000, prompts_per_step=8, checkpoint_every=50)
   config.rl.optim.frozen = (r"^vision/",)
+  config.contrast.watch_every = 50
   config.sampling.update(num_completions=8, max_tokens=512)
   common.schedule(
     config, learning_rate=1e-6, warmup_steps=20, max_grad_norm=1.0, b2=0.999

@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.name = "shortcut" + (f"_{arg}" if arg else "")
   config.data.synthetic.update(tasks=("order_skewed",), num_test=1024)
   config.evaluation.arms = ("keyframes", "shuffled", "reversed", "blind")
+  config.contrast.watch_every = 0
   config.rl.steps = 60
   if arm == "cold_start":
     config.data.synthetic.tasks = ("order_ways",)

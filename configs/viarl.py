@@ -74,6 +74,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     scan=dict(select="uniform"),  # where nobody chooses for it
     prompt=dict(number_frames=False, build=dict(question_template=ANSWER)),
     answers=dict(reasoning="none"),
+    sft=dict(from_run=""),  # config.sft.from_run is the selector's
   )
   if arg is not None:
     _on_built_in_data(config)
@@ -105,7 +106,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.answerer.prompt.max_tokens = 5120
   config.answerer.sampling = dict(max_tokens=16)
-  config.answerer.sft = dict(max_steps=500, batch_size=16)
+  config.answerer.sft.update(max_steps=500, batch_size=16, answer_form="letter")
   return config
 
 
@@ -123,7 +124,7 @@ def _on_built_in_data(config: ml_collections.ConfigDict) -> None:
   config.answerer.prompt.max_tokens = 112
   config.answerer.prompt.build.question_template = "{question}{options}"
   config.answerer.sampling = dict(max_tokens=10)
-  config.answerer.sft = dict(max_steps=6, answer_form="text")
+  config.answerer.sft.update(max_steps=6, answer_form="text")
 
 
 def _small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -278,7 +278,8 @@ def test_videochat_sums_by_hand():
     for name, value in MIXED.items()
   }
   close(rewards.combine(dirty, APPLIES, weight=weight), want)
-  for name, value in rewards.component_means(dirty, APPLIES).items():
+  for name, (value, count) in rewards.component_means(dirty, APPLIES).items():
+    assert count == np.sum(APPLIES[name])
     close(
       value,
       {
@@ -312,8 +313,9 @@ def test_one_kind_alone_is_as_in_a_mixture():
 
 def test_component_means_of_a_kind_that_is_absent():
   means = rewards.component_means(MIXED, {"iou": jnp.zeros(4, bool)})
-  assert means["iou"] == 0
-  close(means["accuracy"], 0.25)  # no mask: all
+  assert means["iou"] == (0, 0)
+  close(means["accuracy"][0], 0.25)  # no mask: all
+  assert means["accuracy"][1] == 4
 
 
 def test_main_component_by_hand():
@@ -352,7 +354,7 @@ def test_viarl_composition_by_hand():
   weight = dict(selected_accuracy=2.0, index=1.0, format=1.0, length=0.2)
   made = rewards.combine(component, weight=weight)
   close(made, [[4.2, 1.2, 2.0, 3.0]])
-  with pytest.raises(ValueError, match="config.reward.product"):
+  with pytest.raises(ValueError, match="config.reward.products"):
     rewards.with_product(component, name="x", factors=("acuracy",))
 
 

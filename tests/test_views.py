@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cf_jax import policy, views
+from cf_jax import policy, selectors, tad, views
 from cf_jax.data import patches, pipeline, prompts, records
 from cf_jax.models import rope, vlm
 from cf_jax.programs import experiment as experiment_lib
@@ -489,3 +489,45 @@ def test_frames_that_make_no_slices(
   tiny_config.update_from_flattened_dict({setting: value})
   with pytest.raises(ValueError, match=message):
     experiment_lib.build(tiny_config, tmp_path)
+
+
+class TestFramesOfBoxes:
+  """What tracking questions show, beside others in one batch."""
+
+  def run(self, num_boxes, num_real=24, num_keyframes=6):
+    rng = np.random.default_rng(0)
+    mask = np.arange(24) < np.array([24, num_real])[:, None]
+    chosen = jax.device_get(
+      jax.vmap(lambda f, m: selectors.top_k(f, m, num_keyframes=num_keyframes))(
+        rng.normal(size=(2, 24, 4)), mask
+      )
+    )
+    uniform = np.stack([tad.uniform_index(row, num_keyframes) for row in mask])
+    samples = [
+      records.Sample("a", "a.mp4", "", ("x", "y"), "A"),
+      records.Sample(
+        "b", "b.mp4", "", (), "", "tracking", boxes=((0, 0, 1, 1),) * num_boxes
+      ),
+    ]
+    made = views.frames_of_boxes(samples, mask, chosen, uniform)
+    return chosen, uniform, *made
+
+  def test_equal_distances_in_as_many_slots(self):
+    chosen, uniform, keyframes, other = self.run(4)
+    # floor((k + 0.5) * 24 / 4)
+    expected = [3, 9, 15, 21, 24, 24]
+    assert keyframes.index[1].tolist() == expected == other[1].tolist()
+    assert keyframes.mask[1].tolist() == [True] * 4 + [False] * 2
+    assert not keyframes.saliency[1].any()
+    # The other question's frames are those that were selected.
+    np.testing.assert_array_equal(keyframes.index[0], chosen.index[0])
+    np.testing.assert_array_equal(keyframes.saliency[0], chosen.saliency[0])
+    np.testing.assert_array_equal(other[0], uniform[0])
+    assert chosen.index[1].tolist() != expected  # nothing is changed in place
+
+  @pytest.mark.parametrize(
+    ("num_boxes", "num_real"), [(7, 24), (4, 3)], ids=["slots", "frames"]
+  )
+  def test_too_few_frames(self, num_boxes, num_real):
+    with pytest.raises(ValueError, match="'b' has boxes of .*num_keyframes"):
+      self.run(num_boxes, num_real)

@@ -128,6 +128,15 @@ def check(config: ml_collections.ConfigDict) -> None:
       "both see the same samples and the same scan, but config.answerer.data"
       f" says another {', '.join(differ)}; leave that out"
     )
+  for name, value in (
+    ("selector.learn", config.selector.learn),
+    ("rl.eval_every", config.rl.eval_every),
+  ):
+    if value:
+      raise ValueError(
+        f"the selector of amplify is a policy that writes lists, and is judged"
+        f" after every stage; got config.{name}={value}, leave that out"
+      )
   lists = config.sampling.num_completions * num_frames
   reader = of_answerer.data.reader
   height, width = reader.size_px

@@ -590,6 +590,7 @@ def programs(
       ref_logprob=scores,
       answer_span=shapes.array(rows, group, length, dtype=bool),
       select=shapes.array(rows, group, dtype=bool),
+      moved=shapes.array(rows, dtype=bool),
     )
   by_token = config.rl.advantage == "reinforce"
   experience = Experience(

@@ -11,6 +11,7 @@ slots.
 
 import contextlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from cf_jax import grpo, rewards, sampling, views
-from cf_jax.data import answers
+from cf_jax.data import answers, records
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import (
   held_out,
@@ -74,7 +75,8 @@ def contrast_arms(config: ml_collections.ConfigDict) -> Arms:
   shuffled one.
 
   Raises:
-    ValueError: an unknown kind, saliency, placebo, span or estimator.
+    ValueError: an unknown kind, saliency, placebo, span or estimator, or a
+      weight that the estimator does not read.
   """
   contrast = config.contrast
   for name, value, known in (
@@ -88,6 +90,12 @@ def contrast_arms(config: ml_collections.ConfigDict) -> Arms:
       raise ValueError(
         f"config.{name} must be one of {list(known)}, got {value!r}"
       )
+  if config.rl.advantage == "reinforce" and config.reward.kl.weight:
+    raise ValueError(
+      "with config.rl.advantage='reinforce' the KL is part of every token's"
+      f" reward, got config.reward.kl.weight={config.reward.kl.weight}; set it"
+      " to 0, and config.reinforce.kl_weight instead"
+    )
   weighed = tuple(
     arm
     for arm, weight in (
@@ -109,6 +117,63 @@ def contrast_arms(config: ml_collections.ConfigDict) -> Arms:
     sampled,
     ("shuffled", "uniform") if contrast.watch_every else (),
   )
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError where rewards or advantages would come to nothing."""
+  arms, overlong = contrast_arms(config), config.reward.overlong
+  if overlong.weight and not overlong.buffer > 0:
+    raise ValueError(
+      "config.reward.overlong.buffer is the number of tokens over which the"
+      f" penalty grows, got {overlong.buffer}; make it 1 or more, or set"
+      " config.reward.overlong.weight to 0"
+    )
+  if config.sampling.num_completions > 1 or scorer.is_alone(config):
+    return  # where the scorer is alone, selections are compared
+  name = {"group": "advantage", "reinforce": "reinforce"}[config.rl.advantage]
+  baseline, scale = config[name].baseline, config.advantage.scale
+  kind, resample = config.contrast.kind, config.rl.resample
+  compares = [
+    setting
+    for setting, does in (
+      (f"{name}.baseline={baseline!r}", baseline != "none"),
+      (f"advantage.scale={scale!r}", name == "advantage" and scale != "none"),
+      ("contrast.kind='margin'", kind == "margin" and arms.sampled),
+      ("rl.mask_zero_spread=True", config.rl.mask_zero_spread),
+      (f"rl.resample={resample}", resample),
+    )
+    if does
+  ]
+  if compares:
+    raise ValueError(
+      "a single completion has no others to be compared with, got"
+      " config.sampling.num_completions=1 with"
+      f" {', '.join(f'config.{setting}' for setting in compares)}; sample 2 or"
+      " more, or compare with none ('none', False, 0)"
+    )
+
+
+def check_credit(
+  config: ml_collections.ConfigDict, samples: Sequence[records.Sample]
+) -> None:
+  """Raises a ValueError for a kind of question whose answers earn nothing.
+
+  At least one of the components that right answers earn has a weight, or is a
+  factor of a product that has one.
+  """
+  weight, products = config.reward.weight, config.reward.products
+  counted = {name for name, factor in weight.items() if factor}
+  for name in counted & set(products):
+    counted |= set(products[name])
+  for kind in sorted({sample.kind for sample in samples}):
+    if not counted & set(answers.CREDIT[kind]):
+      raise ValueError(
+        f"a right answer to a {kind} question is read as"
+        f" {' and '.join(answers.CREDIT[kind])}, and config.reward.weight"
+        f" counts {sorted(counted)} alone: it would earn nothing; give the"
+        f" whole of it, as in --config.reward.weight="
+        f'"{dict(weight) | {answers.CREDIT[kind][0]: 1.0}}"'
+      )
 
 
 def uses_reference(config: ml_collections.ConfigDict) -> bool:
@@ -184,12 +249,17 @@ class Collector:
     self._stage = stage
     self._reference_params = reference_params
     self._timer = timer
+    check_settings(config)
     self.arms = contrast_arms(config)
     train = experiment.samples["train"]
+    if stage.optimizer is not None:
+      check_credit(config, train)
     self._kinds = sorted({sample.kind for sample in train})
     self._tasks = sorted({sample.task for sample in train})
-    self.at_times = [f"accuracy/{task}" for task in self._tasks]
-    self.at_times += [f"arm/{arm}" for arm in self.arms.watched]
+    self.at_times = [f"arm/{arm}" for arm in self.arms.watched]
+    for task in self._tasks:
+      self.at_times += [f"accuracy/{task}", f"task_reward/{task}"]
+    self.at_times += [f"reward/{name}" for name in config.answers.components]
     if moments is None:
       moments = ([0.0] * len(self._kinds), [0.0] * len(self._kinds))
     self.moments = tuple(np.asarray(x, np.float32) for x in moments)
@@ -354,7 +424,14 @@ class Collector:
         self.moments,
       )
       experience = self._experience(
-        view, rollout, scored, reference, under, scored_views, on_device
+        view,
+        rollout,
+        scored,
+        reference,
+        under,
+        scored_views,
+        on_device,
+        put(prepared.can_shuffle),
       ).replace(pixel=pixel, encoded=encoded, old_logprob=old)
       scored = sharding.local(scored)
       self.moments = scored.moments
@@ -394,15 +471,31 @@ class Collector:
       drawn.batch, self.arms.made, draw=draw, selected=drawn.selected
     )
 
-  def by_task(self, scored: rl_steps.Scored) -> dict[str, float]:
-    """The mean main component of every task that a batch has."""
-    mean, count = scored.task_mean
-    return {
-      task: float(mean[n]) for n, task in enumerate(self._tasks) if count[n]
-    }
+  def partial_means(self, every: Sequence[rl_steps.Scored]) -> dict[str, float]:
+    """Components and tasks, over the samples of these batches that have them.
+
+    `reward/NAME` is a component, `accuracy/TASK` the main component and
+    `task_reward/TASK` the whole reward; what no sample has is left out.
+    """
+    found: dict[str, list[tuple[float, int]]] = {}
+    for scored in every:
+      for name, pair in scored.component_mean.items():
+        found.setdefault(f"reward/{name}", []).append(pair)
+      for n, task in enumerate(self._tasks):
+        for name, (mean, count) in (
+          ("accuracy", scored.task_mean),
+          ("task_reward", scored.task_reward),
+        ):
+          found.setdefault(f"{name}/{task}", []).append((mean[n], count[n]))
+    made = {}
+    for name, pairs in found.items():
+      means, counts = (np.array(each) for each in zip(*pairs, strict=True))
+      if counts.any():
+        made[name] = float(np.average(means, weights=counts))
+    return made
 
   def _experience(
-    self, view, rollout, scored, reference, under, scored_views, verdict
+    self, view, rollout, scored, reference, under, scored_views, verdict, moved
   ):
     group_mask = scored.spread
     if not self._masks:
@@ -421,7 +514,8 @@ class Collector:
         view=view["shuffled"],
         ref_logprob=under,
         answer_span=verdict.answer_span,
-        select=scored.correct & (ordered > shuffled),
+        select=scored.correct & (ordered > shuffled) & moved[:, None],
+        moved=moved,
       )
     return Experience(
       view=view["keyframes"],
@@ -620,6 +714,7 @@ def train_policy(
         params = optim.join(frozen, state.params)
         metrics = (
           mean_metrics([batch.scored.metrics for batch in taken])
+          | collect.partial_means([batch.scored for batch in taken])
           | mean_metrics(taught)
           | jax.device_get(update_metrics)
         )
@@ -653,8 +748,6 @@ def train_policy(
           judged = dev.run(params)["keyframes"]
         metrics["dev_accuracy"] = float(np.mean(judged.correct))
       if step % config.log_every == 0 or step == config.steps:
-        for task, score in collect.by_task(taken[-1].scored).items():
-          metrics[f"accuracy/{task}"] = score
         writer.write(
           step,
           "rl",
@@ -726,6 +819,11 @@ def train_scorer(
       " config.contrastive.weight, config.loss.kl_weight and"
       " config.reward.kl.weight to 0"
     )
+  if config.eval_every:
+    raise ValueError(
+      "with config.selector.train_policy=False the answerer stays what it is"
+      f" on dev, got config.rl.eval_every={config.eval_every}; set it to 0"
+    )
   fingerprint, first, loader_state = optim.fingerprint(params), 0, None
   if store.latest_step() is not None:
     learned.state, host = store.restore(learned.state)
@@ -782,10 +880,9 @@ def train_scorer(
           )
         check_rewards(answered, step)
         main = answered.scored.main
-        metrics = mean_metrics([answered.scored.metrics]) | {
-          f"accuracy/{task}": score
-          for task, score in collect.by_task(answered.scored).items()
-        }
+        metrics = mean_metrics(
+          [answered.scored.metrics]
+        ) | collect.partial_means([answered.scored])
         rollouts = rollout_records(experiment, answered)
         del answered  # its frames would lie beside the next batch's
       with timer("select"):

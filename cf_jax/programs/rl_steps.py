@@ -180,7 +180,10 @@ class Scored(NamedTuple):
     advantage: float32[B, G] or [B, G, C].
     spread: bool[B] groups whose rewards differ.
     moments: running squared deviations and degrees of freedom, by kind.
+    component_mean: name -> float32[] mean over the videos that have the
+      component, and int32[] how many they are.
     task_mean: float32[tasks] mean main component, and int32[tasks] videos.
+    task_reward: the same of the reward.
     metrics: name -> float32[].
   """
 
@@ -191,7 +194,9 @@ class Scored(NamedTuple):
   advantage: jax.Array
   spread: jax.Array
   moments: tuple[jax.Array, jax.Array]
+  component_mean: dict[str, tuple[jax.Array, jax.Array]]
   task_mean: tuple[jax.Array, jax.Array]
+  task_reward: tuple[jax.Array, jax.Array]
   metrics: dict[str, jax.Array]
 
 
@@ -297,12 +302,7 @@ def make_reward_step(
       component = rewards.with_product(component, name=name, factors=factors)
     main = rewards.main_component(component, verdict.applies)
     correct = rewards.is_correct(main)
-    metrics = {
-      f"reward/{name}": mean
-      for name, mean in rewards.component_means(
-        component, verdict.applies
-      ).items()
-    }
+    metrics = {}
     bonus = contrast_bonus(verdict, rollout, evidence, main, correct, metrics)
     reward = bonus + rewards.combine(component, verdict.applies, weight=weight)
     if length["bonus"]:
@@ -370,7 +370,11 @@ def make_reward_step(
       advantage=advantage,
       spread=spread,
       moments=moments,
+      component_mean=rewards.component_means(component, verdict.applies),
       task_mean=rewards.group_means(main, evidence.task, num_groups=num_tasks),
+      task_reward=rewards.group_means(
+        reward, evidence.task, num_groups=num_tasks
+      ),
       metrics=metrics,
     )
     return sharding.constrain(scored, experiment.mesh, _SCORED_RULES)
@@ -491,8 +495,8 @@ def _contrastive_loss(
       (under, other.ref_logprob),
     )
   )
-  group = batch.group_mask[:, None]
-  whole_group = whole.group_mask[:, None]
+  group = (batch.group_mask & other.moved)[:, None]
+  whole_group = (whole.group_mask & whole.other.moved)[:, None]
   contrast = grpo.contrastive_loss(
     gain,
     view_gain,

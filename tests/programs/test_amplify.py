@@ -132,7 +132,7 @@ def test_rewards_by_hand(lists):
   inside = 0.2 * (test_reinforce.LENGTH == 2)
   expected = np.array([[4, 2, 1, 3], [1, 4, 1, 1]]) + inside
   np.testing.assert_allclose(found.reward, expected, rtol=1e-6)
-  assert float(found.metrics["reward/hit"]) == 0.5
+  assert float(found.component_mean["hit"][0]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Rewards and advantages of the jitted step against numbers worked by hand, and
 short runs in which every option of the loop is used.
 """
 
+import ast
 import types
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cf_jax.data import records
 from cf_jax.programs import experiment as experiment_lib
-from cf_jax.programs import reinforce, rl_steps, verdicts
+from cf_jax.programs import reinforce, rl_steps, train, verdicts
 from cf_jax.runtime import checkpoint, sharding, telemetry
 from cf_jax.types import Rollout, Verdict
 from tests.conftest import init_params, load_config
@@ -234,7 +236,9 @@ def test_batch_scale_is_by_kind_and_remembers(config):
 def test_contrast_arms(config):
   arms = reinforce.contrast_arms(config)
   assert arms.made == ("keyframes", "shuffled", "uniform")
-  assert arms.sampled == arms.watched == ()
+  assert arms.sampled == () and arms.watched == ("shuffled", "uniform")
+  config.contrast.watch_every = 0
+  assert reinforce.contrast_arms(config).watched == ()
   config.contrast.rollout.alpha_c = 0.0
   assert reinforce.contrast_arms(config).scored == ("shuffled",)
   config.contrast.kind = "threshold"
@@ -263,6 +267,142 @@ def test_an_unknown_choice_names_its_setting(config, name, value):
   config[subtree][key] = value
   with pytest.raises(ValueError, match=f"config.{name} .*{value}"):
     reinforce.contrast_arms(config)
+
+
+def test_a_kl_weight_that_nobody_reads_is_refused(config):
+  config.reward.kl.weight = 0.1
+  reinforce.contrast_arms(config)
+  config.rl.advantage = "reinforce"
+  with pytest.raises(ValueError, match="config.reinforce.kl_weight"):
+    reinforce.contrast_arms(config)
+
+
+def test_answers_that_would_earn_nothing_are_refused(config):
+  def sample(kind):
+    return records.Sample("a", "a.mp4", "", (), "", kind)
+
+  samples = [sample("multiple_choice"), sample("interval")]
+  with pytest.raises(ValueError, match=r"interval question .* 'iou': 1.0"):
+    reinforce.check_credit(config, samples)
+  reinforce.check_credit(config, samples[:1])
+  config.reward.weight = dict(both=1.0)
+  config.reward.products = dict(both=("accuracy", "iou"))
+  reinforce.check_credit(config, samples)
+  config.reward.weight = dict(both=0.0, accuracy=1.0)
+  with pytest.raises(ValueError, match="interval"):
+    reinforce.check_credit(config, samples)
+
+
+def test_components_and_tasks_that_a_batch_lacks():
+  """Means over two batches weigh samples; what neither has is left out."""
+  collector = object.__new__(reinforce.Collector)
+  collector._tasks = ["needle", "order", "tracking"]
+
+  def scored(**fields):
+    return types.SimpleNamespace(**fields)
+
+  every = [
+    scored(
+      component_mean={"accuracy": (0.5, 2), "iou": (0.0, 0)},
+      task_mean=([0.5, 0.0, 0.0], [2, 0, 0]),
+      task_reward=([0.7, 0.0, 0.0], [2, 0, 0]),
+    ),
+    scored(
+      component_mean={"accuracy": (1.0, 6), "iou": (0.0, 0)},
+      task_mean=([1.0, 0.25, 0.0], [2, 4, 0]),
+      task_reward=([1.1, 0.3, 0.0], [2, 4, 0]),
+    ),
+  ]
+  assert collector.partial_means(every) == pytest.approx(
+    {
+      "reward/accuracy": 0.875,
+      "accuracy/needle": 0.75,
+      "task_reward/needle": 0.9,
+      "accuracy/order": 0.25,
+      "task_reward/order": 0.3,
+    }
+  )
+
+
+def test_the_contrastive_loss_leaves_out_what_cannot_be_shuffled():
+  collector = object.__new__(reinforce.Collector)
+  collector._masks = collector._filters = False
+  collector._contrastive = True
+  mask = np.arange(C) < LENGTH[..., None]
+  rollout = Rollout(
+    token=np.zeros((B, G, C), np.int32),
+    mask=mask,
+    logprob=jnp.where(mask, -1.0, 0),
+    finished=np.ones((B, G), bool),
+  )
+  scored = types.SimpleNamespace(
+    spread=jnp.ones(B, bool),
+    correct=jnp.ones((B, G), bool),
+    advantage=jnp.zeros((B, G)),
+  )
+  made = collector._experience(
+    {"keyframes": None, "shuffled": None},
+    rollout,
+    scored,
+    None,
+    None,
+    {"shuffled": jnp.full((B, 1, G, C), -2.0)},
+    types.SimpleNamespace(answer_span=mask),
+    jnp.array([True, False]),
+  )
+  assert made.other.select.tolist() == [[True] * G, [False] * G]
+  assert made.other.moved.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("buffer", [0, -1])
+def test_a_penalty_needs_tokens_to_grow_over(config, buffer):
+  config.reward.overlong = dict(weight=0.0, buffer=buffer)
+  reinforce.check_settings(config)
+  config.reward.overlong.weight = 0.5
+  with pytest.raises(ValueError, match="config.reward.overlong.buffer"):
+    reinforce.check_settings(config)
+
+
+@pytest.mark.parametrize(
+  ("named", "changes"),
+  [
+    ("advantage.baseline='mean'", {}),
+    ("advantage.baseline='leave_one_out'", {}),
+    ("advantage.scale='group'", {"advantage.baseline": "none"}),
+    ("advantage.scale='batch'", {"advantage.baseline": "none"}),
+    ("reinforce.baseline='mean'", {"rl.advantage": "reinforce"}),
+    ("contrast.kind='margin'", {"rl.advantage": "reinforce"}),
+    ("rl.mask_zero_spread=True", {"rl.advantage": "reinforce"}),
+    ("rl.resample=2", {"rl.advantage": "reinforce"}),
+  ],
+)
+def test_one_completion_has_no_group(config, named, changes):
+  name, _, value = named.partition("=")
+  changes = changes | {name: ast.literal_eval(value)}
+  config.update_from_flattened_dict(changes)
+  reinforce.check_settings(config)
+  config.sampling.num_completions = 1
+  with pytest.raises(ValueError, match=f"num_completions=1 .*{named}"):
+    reinforce.check_settings(config)
+  config.selector.update(learn=True, train_policy=False)
+  reinforce.check_settings(config)  # selections are compared
+
+
+def test_one_completion_that_is_compared_with_none(config):
+  config.sampling.num_completions = 1
+  config.advantage.baseline = "none"
+  reinforce.check_settings(config)
+  config.rl.advantage, config.advantage.baseline = "reinforce", "mean"
+  reinforce.check_settings(config)
+  config.contrast.kind = "margin"
+  config.contrast.rollout.update(alpha_t=0.0, alpha_c=0.0)
+  reinforce.check_settings(config)
+
+
+def test_a_run_is_refused_before_anything_is_made(config, tmp_path):
+  config.sampling.num_completions = 1
+  with pytest.raises(ValueError, match="config.sampling.num_completions=1"):
+    train.run(config, tmp_path / "run")
 
 
 def test_the_reference_is_asked_only_where_it_counts(config):
