@@ -130,6 +130,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # "bicubic" (as Qwen2.5-VL's processor) or "area" (faster); None: "bicubic"
   config.resize = config_dict.placeholder(str)
 
+  # Clue inference (arXiv 2504.06958): asks for an answer and the seconds that
+  # show it, shows so many frames of these seconds, and asks again; 0: asks once
+  config.clue = dict(frames=0)
+
   # -- how they are asked
   config.prompt = dict(
     # "direct": the templates below; "run": those of the run's training; None:

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,7 +242,11 @@ class Decoder:
     return video.VideoInfo(*value)
 
   def scan_frames(
-    self, footage: Footage, num_frames: int, size_px: tuple[int, int]
+    self,
+    footage: Footage,
+    num_frames: int,
+    size_px: tuple[int, int],
+    within: Sequence[tuple[float, float]] = (),
   ) -> video.Scan:
     """See `footage.scan_frames`.
 
@@ -251,10 +255,14 @@ class Decoder:
     """
     if not self.processes:
       return footage_lib.scan_frames(
-        footage, num_frames, size_px, limits=self.limits
+        footage, num_frames, size_px, within, limits=self.limits
       )
     said, arrays = self._ask(
-      footage, "scan_frames", num_frames=num_frames, size_px=list(size_px)
+      footage,
+      "scan_frames",
+      num_frames=num_frames,
+      size_px=list(size_px),
+      within=[list(interval) for interval in within],
     )
     slots = (num_frames,)
     self._expect(footage, arrays, (*slots, *size_px, 3), slots, slots, slots)

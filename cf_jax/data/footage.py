@@ -4,6 +4,7 @@ One door to the three kinds of files, for a process that decodes.
 """
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,11 +52,12 @@ def scan_frames(
   footage: Footage,
   num_frames: int,
   size_px: tuple[int, int],
+  within: Sequence[tuple[float, float]] = (),
   *,
   limits: video.Limits,
   may_seek: bool = True,
 ) -> video.Scan:
-  """T frames spread evenly over it, see `video.scan_frames`.
+  """T frames spread evenly over it or some parts, see `video.scan_frames`.
 
   Raises:
     video.VideoError: it cannot be read.
@@ -66,6 +68,7 @@ def scan_frames(
     num_frames,
     size_px,
     clip=footage.clip,
+    within=within,
     **how,
     **_going(module, may_seek),
     limits=limits,

@@ -25,6 +25,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -177,7 +178,11 @@ class FrameCache:
     return video.VideoInfo(*entry.about["info"])
 
   def scan_frames(
-    self, footage: Footage, num_frames: int, size_px: tuple[int, int]
+    self,
+    footage: Footage,
+    num_frames: int,
+    size_px: tuple[int, int],
+    within: Sequence[tuple[float, float]] = (),
   ) -> video.Scan:
     """See `footage.scan_frames`.
 
@@ -185,12 +190,14 @@ class FrameCache:
       video.VideoError: it cannot be read.
       ValueError: mode "only", and it is not there.
     """
+    parts = (within,) if within else ()  # the keys of whole scans stay
     path, key = self._named(
       footage,
       kind="scan",
       clip=footage.clip,
       frames=num_frames,
       size_px=list(size_px),
+      **({"within": within} if within else {}),
     )
     entry = self._entry(path, key, footage)
     if entry is not None:
@@ -207,6 +214,7 @@ class FrameCache:
       footage,
       num_frames,
       size_px,
+      *parts,
     )
     real = int(scan.mask.sum())
     about = {

@@ -10,6 +10,7 @@ the first picture counts. The functions are those of `video`, of the same names.
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -116,6 +117,7 @@ def scan_frames(
   size_px: tuple[int, int],
   *,
   clip: tuple[float, float] | None = None,
+  within: Sequence[tuple[float, float]] = (),
   limits: video.Limits = video.LIMITS,
 ) -> video.Scan:
   """The picture in the first of T slots, the others masked.
@@ -125,13 +127,14 @@ def scan_frames(
     num_frames: T.
     size_px: (height, width) to resize to.
     clip: None; a picture has no time.
+    within: (), too.
     limits: what the file may be.
 
   Raises:
-    video.VideoError: as `read_image`, or a clip is asked for.
+    video.VideoError: as `read_image`, or a part is asked for.
   """
-  if clip is not None:
-    raise video.VideoError(path, f"a picture has no clip, got {clip}")
+  if clip is not None or within:
+    raise video.VideoError(path, f"a picture has no clip, got {clip or within}")
   frame, _ = read_frames(path, None, size_px, limits=limits)
   return video.Scan(
     frames=np.pad(frame, [(0, num_frames - 1)] + [(0, 0)] * 3),

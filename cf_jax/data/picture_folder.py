@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -114,6 +115,7 @@ def scan_frames(
   *,
   fps: float,
   clip: tuple[float, float] | None = None,
+  within: Sequence[tuple[float, float]] = (),
   limits: video.Limits = video.LIMITS,
 ) -> video.Scan:
   """T pictures spread evenly over a folder, as `video.scan_frames`.
@@ -124,6 +126,7 @@ def scan_frames(
     size_px: (height, width) to resize to.
     fps: pictures a second.
     clip: (start, end) in seconds; None is all of it.
+    within: as in `video.scan_frames`.
     limits: what the folder may be.
 
   Raises:
@@ -140,6 +143,9 @@ def scan_frames(
       )
     stop = min(end, stop)
   wanted = first + frame_size.spread(stop - first, num_frames)
+  if within:
+    shown_s = np.arange(first, stop) / fps - start_s
+    wanted = first + frame_size.spread_within(shown_s, within, num_frames)
   frames, time_s = read_frames(path, wanted, size_px, fps=fps, limits=limits)
   pad = num_frames - len(frames)
   return video.Scan(

@@ -433,7 +433,7 @@ def collate(
     video.VideoError: a video cannot be read; nothing is skipped here (see
       `readable`).
   """
-  wanted = [footage_lib.of_sample(sample) for sample in samples]
+  wanted = [_Look(footage_lib.of_sample(sample)) for sample in samples]
   scans = _scan_all(wanted, scan_frames, scan_size_px, decoder)
   for found in scans.values():
     if isinstance(found, video.VideoError):
@@ -449,6 +449,7 @@ def collate_readable(
   scan_frames: int,
   scan_size_px: tuple[int, int],
   decoder: Decoder | None = None,
+  within: Sequence[Sequence[tuple[float, float]]] | None = None,
 ) -> tuple[Batch | None, dict[str, str]]:
   """Scans what can be read of a list of samples into a batch of a fixed size.
 
@@ -459,12 +460,19 @@ def collate_readable(
     scan_frames: T.
     scan_size_px: (height, width) of the scan.
     decoder: from `make_decoder`; None reads in this process.
+    within: of each sample the intervals over which its frames are spread, as in
+      `video.scan_frames`; None takes all of every video.
 
   Returns:
     The batch (None where nothing can be read), and path -> reason of every
     unreadable video.
   """
-  wanted = [footage_lib.of_sample(sample) for sample in samples]
+  wanted = [
+    _Look(footage_lib.of_sample(sample), tuple(intervals))
+    for sample, intervals in zip(
+      samples, within or [()] * len(samples), strict=True
+    )
+  ]
   scans = _scan_all(wanted, scan_frames, scan_size_px, decoder)
   skipped = _unreadable(scans)
   rows = [
@@ -504,8 +512,9 @@ def readable(
   Raises:
     ValueError: more are unreadable than may be skipped, or all are.
   """
+  wanted = [_Look(footage_lib.of_sample(sample)) for sample in samples]
   scans = _scan_all(
-    [footage_lib.of_sample(sample) for sample in samples],
+    wanted,
     scan_frames,
     scan_size_px,
     decoder,
@@ -513,7 +522,7 @@ def readable(
   )
   skipped = _unreadable(scans)
   kept = [
-    sample for sample in samples if scans[footage_lib.of_sample(sample)] is None
+    sample for sample, look in zip(samples, wanted) if scans[look] is None
   ]
   lost = len(samples) - len(kept)
   if lost > max_skip_fraction * len(samples) or not kept:
@@ -526,14 +535,26 @@ def readable(
   return kept, skipped
 
 
+class _Look(NamedTuple):
+  """What is scanned.
+
+  Attributes:
+    footage: of which video.
+    within: of which seconds of it, see `video.scan_frames`.
+  """
+
+  footage: Footage
+  within: tuple[tuple[float, float], ...] = ()
+
+
 def _scan_all(
-  wanted: Sequence[Footage],
+  wanted: Sequence[_Look],
   scan_frames: int,
   scan_size_px: tuple[int, int],
   decoder: Decoder | None,
   *,
   keep: bool = True,
-) -> dict[Footage, video.Scan | video.VideoError | None]:
+) -> dict[_Look, video.Scan | video.VideoError | None]:
   """Scans each once, as many at a time as the decoder has processes.
 
   Returns:
@@ -541,9 +562,12 @@ def _scan_all(
   """
   decoder = decoder or decoding.Decoder()
 
-  def scan(one: Footage):
+  def scan(one: _Look):
+    parts = (one.within,) if one.within else ()
     try:
-      found = decoder.scan_frames(one, scan_frames, tuple(scan_size_px))
+      found = decoder.scan_frames(
+        one.footage, scan_frames, tuple(scan_size_px), *parts
+      )
     except video.VideoError as error:
       return error
     return found if keep else None
@@ -555,13 +579,13 @@ def _scan_all(
     return dict(zip(distinct, pool.map(scan, distinct), strict=True))
 
 
-def _unreadable(scans: dict[Footage, Any]) -> dict[str, str]:
+def _unreadable(scans: dict[_Look, Any]) -> dict[str, str]:
   """path -> reason, each said once."""
   skipped = {}
   for one, found in scans.items():
     if isinstance(found, video.VideoError):
       logging.warning("skipped: %s", found)
-      skipped[one.path] = str(found)
+      skipped[one.footage.path] = str(found)
   return skipped
 
 

@@ -17,7 +17,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -231,6 +231,7 @@ def scan_frames(
   size_px: tuple[int, int],
   *,
   clip: tuple[float, float] | None = None,
+  within: Sequence[tuple[float, float]] = (),
   num_threads: int = 1,
   limits: Limits = LIMITS,
   may_seek: bool = True,
@@ -246,6 +247,8 @@ def scan_frames(
     size_px: (height, width) to resize to.
     clip: (start, end) in seconds: only frames at or after the first and before
       the second count; times are given from its start. None is the whole file.
+    within: (start, end) in seconds of such times: the frames are spread over
+      those inside, see `frame_size.spread_within`; () is everything.
     num_threads: of the decoder.
     limits: what the file may be.
     may_seek: False decodes all that comes before a wanted frame.
@@ -254,13 +257,13 @@ def scan_frames(
     VideoError: missing, empty, not a video, above a limit, or cut short.
   """
   how = dict(num_threads=num_threads, limits=limits)
-  if clip is None:
+  if clip is None and not within:
     wanted, count, frames, time_s = _spread(
       path, num_frames, size_px, may_seek, how
     )
   else:
-    wanted, count, frames, time_s = _spread_clip(
-      path, clip, num_frames, size_px, may_seek, how
+    wanted, count, frames, time_s = _spread_part(
+      path, clip, within, num_frames, size_px, may_seek, how
     )
   real = len(frames)
   pad = num_frames - real
@@ -300,18 +303,26 @@ def _spread(path, num_frames, size_px, may_seek, how):
   return wanted, count, frames, time_s
 
 
-def _spread_clip(path, clip, num_frames, size_px, may_seek, how):
-  """As `_spread`, of a part; times count from its start."""
-  start_s, end_s = clip
+def _spread_part(path, clip, within, num_frames, size_px, may_seek, how):
+  """As `_spread`, of a part; times count from the start of the clip."""
+  with open_file(path, how["num_threads"], how["limits"]) as capture:
+    fps, count = header(capture)
+  start_s, end_s = clip = clip or (0.0, max(count, 1) / fps)
   if not 0 <= start_s < end_s < math.inf:
     raise VideoError(
       path, f"a clip is from a second to a later one, got {clip}"
     )
-  with open_file(path, how["num_threads"], how["limits"]) as capture:
-    fps, _ = header(capture)
+
+  def spread_parts(stamp_s):
+    return frame_size.spread_within(stamp_s - start_s, within, num_frames)
+
   # Where all frames lie at number / fps; an end of a clip is often rounded.
   first, stop = (math.ceil(t * fps - 1e-3) for t in clip)
-  wanted = first + frame_size.spread(max(stop - first, 1), num_frames)
+  if within:
+    last = max(min(stop, count), first + 1)
+    wanted = first + spread_parts(np.arange(first, last) / fps)
+  else:
+    wanted = first + frame_size.spread(max(stop - first, 1), num_frames)
   frames, time_s, _ = _decode(path, wanted, size_px, may_seek=may_seek, **how)
   steady = len(frames) == len(wanted) and np.all(
     np.abs(np.asarray(time_s) - wanted / fps) < 0.5 / fps
@@ -330,7 +341,10 @@ def _spread_clip(path, clip, num_frames, size_px, may_seek, how):
         f" {stop - first} frames of it can be decoded, the last frame before"
         f" its end at {stamp_s[-1] if len(stamp_s) else 0:.2f} s",
       )
-    wanted = first + frame_size.spread(stop - first, num_frames)
+    if within:
+      wanted = first + spread_parts(stamp_s[first:stop])
+    else:
+      wanted = first + frame_size.spread(stop - first, num_frames)
     frames, time_s, _ = _decode(path, wanted, size_px, may_seek=False, **how)
   shown_s = np.maximum(np.asarray(time_s) - start_s, 0)  # rounding
   return wanted, int(stop - first), frames, shown_s

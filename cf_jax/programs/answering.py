@@ -173,6 +173,22 @@ class Planner:
     )
 
 
+class Pass(NamedTuple):
+  """How questions are put, and which frames are shown with them.
+
+  Attributes:
+    config: settled.
+    wording: of the questions.
+    planner: what they cost.
+    chooser: of the frames.
+  """
+
+  config: ml_collections.ConfigDict
+  wording: questions.Wording
+  planner: Planner
+  chooser: choosing.Chooser
+
+
 # ------------------------------------------------------------------ answering
 
 
@@ -329,36 +345,34 @@ class Preparer:
   """Scans videos, chooses frames, reads them and words the prompts.
 
   Args:
-    config: settled.
+    how: questions are put.
     model: shape of the policy.
     tokenizer: of the policy.
     samples: all questions.
-    planner: what they cost.
-    wording: of the questions.
-    chooser: of the frames.
     decoder: of the videos.
     batch_size: B.
     turn: held while the chooser's programs are sent to the devices.
+    within: number of a question -> the (start, end) seconds over which its scan
+      is spread; None scans all of every video.
   """
 
   def __init__(
     self,
-    config: ml_collections.ConfigDict,
+    how: Pass,
     model: model_config.VLMConfig,
     tokenizer: prompts.Tokenizer,
     samples: Sequence[records.Sample],
     *,
-    planner: Planner,
-    wording: questions.Wording,
-    chooser: choosing.Chooser,
     decoder: pipeline.Decoder,
     batch_size: int,
     turn: contextlib.AbstractContextManager,
+    within: Mapping[int, Sequence[tuple[float, float]]] | None = None,
   ):
-    self._config, self._model, self._tokenizer = config, model, tokenizer
-    self._samples, self._planner, self._wording = samples, planner, wording
-    self._chooser, self._decoder = chooser, decoder
+    self._config, self._wording, self._planner, self._chooser = how
+    self._model, self._tokenizer = model, tokenizer
+    self._samples, self._decoder = samples, decoder
     self._batch_size, self._turn = batch_size, turn
+    self._within = within
     self._readers, self._makers = {}, {}
 
   def _reader(self, size_px) -> pipeline.FrameReader:
@@ -427,13 +441,14 @@ class Preparer:
       scan_frames=self._chooser.scan_frames(count),
       scan_size_px=self._chooser.scan_size_px,
       decoder=self._decoder,
+      within=self._within and [self._within[n] for n in numbers],
     )
+    # Of a video that others ask about too, a part alone may be unreadable.
+    asked = [] if batch is None else batch.sample_index.tolist()
+    real = list(dict.fromkeys(asked))
     unreadable = {
-      n: skipped[row.video]
-      for n, row in zip(numbers, rows)
-      if row.video in skipped
+      n: skipped[row.video] for n, row in zip(numbers, rows) if n not in real
     }
-    real = [n for n in numbers if n not in unreadable]
     if batch is None:
       return Ready([], None, None, unreadable)
     with self._turn:

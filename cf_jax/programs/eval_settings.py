@@ -63,6 +63,10 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
   ):
     if value is not None and value < 1:
       raise ValueError(f"config.{name} must be at least 1, got {value}")
+  if config.clue.frames < 0:
+    raise ValueError(
+      f"config.clue.frames must be at least 0, got {config.clue.frames}"
+    )
   if config.fps is not None and not 0 < config.fps < math.inf:
     raise ValueError(f"config.fps must be above 0 or None, got {config.fps}")
   if not 0 <= config.shard.index < config.shard.count:
@@ -160,12 +164,16 @@ def _check_settled(config: ml_collections.ConfigDict, side: int) -> None:
       f" {config.scan.num_frames} frames are scanned; raise"
       " config.scan.num_frames"
     )
-  if config.num_keyframes % config.prompt.frames_per_slice:
-    raise ValueError(
-      f"config.num_keyframes={config.num_keyframes} frames do not divide into"
-      f" slices of {config.prompt.frames_per_slice}; change it or"
-      " config.prompt.frames_per_slice"
-    )
+  for name, count in (
+    ("num_keyframes", config.num_keyframes),
+    ("clue.frames", config.clue.frames),
+  ):
+    if count % config.prompt.frames_per_slice:
+      raise ValueError(
+        f"config.{name}={count} frames do not divide into slices of"
+        f" {config.prompt.frames_per_slice}; change it or"
+        " config.prompt.frames_per_slice"
+      )
   if config.fps is not None and config.select in (
     choosing.LEARNED,
     choosing.VIARL,
@@ -264,8 +272,9 @@ def key_of(config: ml_collections.ConfigDict, digest: str) -> str:
   drawn = f"t{how.temperature:g}" if how.temperature else "greedy"
   fps = f"-{config.fps:g}fps" if config.fps else ""
   words = {"none": "", "shown": "-subs", "all": "-allsubs"}[config.subtitles]
+  clue = f"-clue{config.clue.frames}" if config.clue.frames else ""
   return (
-    f"{config.select}-K{config.num_keyframes}{fps}-{size}{words}-{drawn}-"
+    f"{config.select}-K{config.num_keyframes}{fps}{clue}-{size}{words}-{drawn}-"
     f"{digest[:8]}"
   )
 
@@ -286,6 +295,7 @@ def decides(
   samples: Sequence[records.Sample],
   weights: str,
   eos_id: Sequence[int],
+  clue: Mapping[str, Any],
 ) -> dict[str, Any]:
   """All that an answer depends on; neither paths nor speeds.
 
@@ -298,6 +308,7 @@ def decides(
     samples: the questions.
     weights: fingerprint of the policy.
     eos_id: ids that end an answer.
+    clue: of clue inference; empty without it.
   """
   used = sorted({sample.kind for sample in samples})
   prompt = dict(
@@ -342,6 +353,8 @@ def decides(
       | ({} if greedy else dict(seed=config.seed)),
       unreadable=config.unreadable,
     )
+    # Evaluations without it keep their hash.
+    | (dict(clue=dict(clue)) if clue else {})
   )
 
 

@@ -13,6 +13,10 @@ Interrupted, the same call goes on: a question in `parts` is not asked again.
 Several processes take every n-th video each and write to one file system; the
 last to finish, or process 0 of jax.distributed, puts the parts together.
 
+With `config.clue.frames` questions are asked twice (`programs/clue.py`): all of
+a process's share once, then those that gave a clue again. A question between
+its passes lies in `parts` and is not asked the first time again.
+
 Questions are grouped by the size and number of their frames and the length of
 their prompts, the costliest first, so that a few programs serve and memory that
 does not suffice shows at once.
@@ -49,7 +53,7 @@ from cf_jax.evals import benchmarks
 from cf_jax.models import config as model_config
 from cf_jax.programs import (
   answering,
-  choosing,
+  clue,
   eval_settings,
   policies,
   questions,
@@ -126,17 +130,27 @@ def open_folder(
 def read_answers(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
   """id -> row of everything that was answered so far, in whatever file.
 
-  What could not be read is in it where nothing better is.
+  What could not be read, or waits for its second pass, is in it where nothing
+  better is.
   """
+
+  def rank(row):
+    return 0 if "unreadable" in row else 1 if clue.waits(row) else 2
+
   found = {}
   # The parts go when the whole is there, so they are read first.
   paths = [*sorted((folder / _PARTS).glob("*.jsonl"))]
   for path in [*paths, folder / PREDICTIONS_FILE]:
     for row in telemetry.read_rows(path):
       known = found.get(row["id"])
-      if known is None or "unreadable" in known:
+      if known is None or rank(known) < 2 and rank(row) >= rank(known):
         found[row["id"]] = row
   return found
+
+
+def _is_open(row: Mapping[str, Any] | None) -> bool:
+  """Is there something to ask yet?"""
+  return row is None or "unreadable" in row or clue.waits(row)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -184,11 +198,26 @@ def run(
       " answers will be kept, but not scored",
       len(judged),
     )
-  wording = questions.Wording(config)
-  planner = answering.Planner(config, model, tokenizer, wording)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   batch_size = parts * -(-config.batch_size // parts)
-  chooser = eval_settings.open_chooser(config, mesh, model, batch_size)
+  wording = questions.Wording(config)
+  put, twice = [(config, wording)], {}
+  if config.clue.frames:
+    clue.check(config, samples)
+    first = questions.Wording(config, form=clue.FORM)
+    second = clue.second_pass(config, **config.clue)
+    put = [(config, first), (second, wording)]
+    twice = dict(config.clue) | dict(template=first.templates[clue.FORM])
+  passes = [
+    answering.Pass(
+      settled,
+      words,
+      answering.Planner(settled, model, tokenizer, words),
+      eval_settings.open_chooser(settled, mesh, model, batch_size),
+    )
+    for settled, words in put
+  ]
+  chooser = passes[0].chooser
   policy = policies.load_policy(
     config.policy,
     mesh,
@@ -209,6 +238,7 @@ def run(
     samples=samples,
     weights=weights,
     eos_id=answerer.eos_id,
+    clue=twice,
   )
   folder = (
     workdir
@@ -224,7 +254,7 @@ def run(
       root=config.root,
       annotations=_annotation_hashes(config),
     ),
-    example=_example(samples[0], planner, tokenizer, wording, config, model),
+    example=_example(samples[0], passes, tokenizer),
     writes=index == 0,
   )
   del policy
@@ -243,11 +273,12 @@ def run(
   numbers = [
     n for n, sample in enumerate(samples) if footage.of_sample(sample) in mine
   ]
-  left = [
-    n
-    for n in numbers
-    if "unreadable" in answered.get(samples[n].id, {"unreadable": ""})
-  ]
+  left = [n for n in numbers if _is_open(answered.get(samples[n].id))]
+  waiting = {
+    n: answered[samples[n].id]
+    for n in left
+    if clue.waits(answered.get(samples[n].id, {}))
+  }
   part = folder / _PARTS / f"{index}.jsonl"
   with lifecycle.locked(folder, f"run_{index}.lock"):
     if left:
@@ -275,9 +306,8 @@ def run(
       config,
       samples,
       left,
-      planner=planner,
-      wording=wording,
-      chooser=chooser,
+      waiting,
+      passes=passes,
       answerer=answerer,
       model=model,
       tokenizer=tokenizer,
@@ -294,7 +324,11 @@ def run(
 
   # ---- all shares together ----
   answered = read_answers(folder)
-  missing = [sample.id for sample in samples if sample.id not in answered]
+  missing = [
+    sample.id
+    for sample in samples
+    if sample.id not in answered or clue.waits(answered[sample.id])
+  ]
   if missing and config.distributed:
     raise ValueError(
       f"{len(missing)} of {len(samples)} answers of the other processes are not"
@@ -329,28 +363,33 @@ def _annotation_hashes(config: ml_collections.ConfigDict) -> dict[str, str]:
   return {str(path): score.file_hash(path) for path in files}
 
 
-def _example(sample, planner, tokenizer, wording, config, model) -> dict:
+def _example(sample, passes, tokenizer) -> dict:
   """A whole prompt, with frames at 0, 1, 2, ... seconds; pads as one each."""
-  count = config.num_keyframes // config.prompt.frames_per_slice
-  row = prompts.build_prompt(
-    tokenizer,
-    wording(sample, np.arange(count)),
-    (),
-    frame_time_s=np.arange(count),
-    grid=(1, 1),
-    **planner.build,
-  )
-  return dict(id=sample.id, prompt=tokenizer.decode(row.token))
+
+  def prompt(how):
+    config = how.config
+    count = config.num_keyframes // config.prompt.frames_per_slice
+    row = prompts.build_prompt(
+      tokenizer,
+      how.wording(sample, np.arange(count)),
+      (),
+      frame_time_s=np.arange(count),
+      grid=(1, 1),
+      **how.planner.build,
+    )
+    return tokenizer.decode(row.token)
+
+  made = dict(id=sample.id, prompt=prompt(passes[-1]))
+  return made | ({"first": prompt(passes[0])} if len(passes) > 1 else {})
 
 
 def _answer(
   config: ml_collections.ConfigDict,
   samples: Sequence[records.Sample],
   left: Sequence[int],
+  waiting: dict[int, dict[str, Any]],
   *,
-  planner: answering.Planner,
-  wording: questions.Wording,
-  chooser: choosing.Chooser,
+  passes: Sequence[answering.Pass],
   answerer: answering.Answerer,
   model: model_config.VLMConfig,
   tokenizer: prompts.Tokenizer,
@@ -361,6 +400,8 @@ def _answer(
   show: bool,
 ) -> None:
   """Adds the answers to the questions `left` to a file, batch by batch.
+
+  Those in `waiting` have a row of the first pass; others come to them.
 
   Raises:
     ValueError: more videos than `max_unreadable` cannot be read.
@@ -389,18 +430,34 @@ def _answer(
     frame_cache=config.data.frame_cache,
     contained=not questions.is_built_in(config),
   )
-  preparer = answering.Preparer(
-    config,
-    model,
-    tokenizer,
-    samples,
-    planner=planner,
-    wording=wording,
-    chooser=chooser,
-    decoder=decoder,
-    batch_size=batch_size,
-    turn=turn,
-  )
+
+  def asked(how, numbers, **parts):
+    """Rows by number, and why others have none, batch after batch."""
+    preparer = answering.Preparer(
+      how,
+      model,
+      tokenizer,
+      samples,
+      decoder=decoder,
+      batch_size=batch_size,
+      turn=turn,
+      **parts,
+    )
+    for ready in preparer.batches(how.planner(samples, numbers, infos)):
+      rows = {}
+      if ready.prepared is not None:
+        said = answerer(
+          ready.prepared,
+          ready.make_views,
+          ready.prepared.batch.sample_index,
+          turn,
+        )
+        rows = {
+          n: _row(samples[n], ready.prepared, k, said[k])
+          for k, n in enumerate(ready.numbers)
+        }
+      yield rows, ready.unreadable
+
   with contextlib.closing(decoder), open(part, "ab") as file:
 
     def write(rows):
@@ -429,15 +486,20 @@ def _answer(
           infos[one] = found
         bar.advance()
     fine = [n for n in left if footage.of_sample(samples[n]) in infos]
-    groups = planner(samples, fine, infos)
+    for how in passes[1:]:
+      how.planner(samples, fine, infos)  # what is too long shows now
+    gone = {
+      n: broken[footage.of_sample(samples[n])]
+      for n in left
+      if footage.of_sample(samples[n]) in broken
+    }
     write(
       [
-        lose(n, broken[footage.of_sample(samples[n])])
-        for n in left
-        if footage.of_sample(samples[n]) in broken
+        clue.stands(waiting.pop(n), reason) if n in waiting else lose(n, reason)
+        for n, reason in gone.items()
       ]
     )
-    num_before += len(left) - len(fine)
+    num_before += len(gone)
     with telemetry.progress(
       "answer",
       num_before + len(fine),
@@ -445,21 +507,28 @@ def _answer(
       unit="question",
       active=show,
     ) as bar:
-      for ready in preparer.batches(groups):
-        rows = [lose(n, reason) for n, reason in ready.unreadable.items()]
-        if ready.prepared is not None:
-          said = answerer(
-            ready.prepared,
-            ready.make_views,
-            ready.prepared.batch.sample_index,
-            turn,
-          )
-          rows += [
-            _row(samples[n], ready.prepared, k, said[k])
-            for k, n in enumerate(ready.numbers)
-          ]
-        write(rows)
-        bar.advance(len(rows))
+      for rows, lacking in asked(
+        passes[0], [n for n in fine if n not in waiting]
+      ):
+        if len(passes) > 1:
+          for n, row in rows.items():
+            info = infos[footage.of_sample(samples[n])]
+            row |= clue.read(row["response"], info.duration_s)
+            if clue.waits(row):
+              waiting[n] = row
+        write([lose(n, reason) for n, reason in lacking.items()])
+        write(rows.values())
+        bar.advance(len(lacking) + len(rows.keys() - waiting.keys()))
+      if not waiting:
+        return
+      for rows, lacking in asked(
+        passes[-1],
+        sorted(waiting),
+        within={n: clue.intervals(row) for n, row in waiting.items()},
+      ):
+        write([clue.stands(waiting[n], why) for n, why in lacking.items()])
+        write([clue.answered_twice(waiting[n], row) for n, row in rows.items()])
+        bar.advance(len(lacking) + len(rows))
 
 
 def _row(
@@ -533,6 +602,10 @@ def finish(
   # Video-MME's script divides by the questions that have an answer.
   answered_alone = any(row.metric == "accuracy_all" for row in scores.figures)
   notes = _notes(config, len(samples), num_lost, len(lost), cut, answered_alone)
+  passes = {}
+  if config.clue.frames:
+    passes["clue"] = clue.account(rows, config.clue.frames)
+    notes += clue.notes(passes["clue"], config.clue.frames)
   head = f"# {config.benchmark}: {folder.name}\n\n"
   foot = "".join(f"- {note}\n" for note in notes)
   disk.write_text(
@@ -547,6 +620,7 @@ def finish(
     unreadable_questions=num_lost,
     cut_off=cut,
     seconds=round(seconds, 1),
+    **passes,
   )
   telemetry.write_json(folder / MANIFEST_FILE, manifest)
   for path in (folder / _PARTS).glob("*.jsonl"):

@@ -151,19 +151,28 @@ class Wording:
 
   Args:
     config: settled.
+    form: puts every question as one of this kind is put, in the words of the
+      policy's run or ours and not the benchmark's; None puts each as its own.
 
   Attributes:
     templates: kind of question -> template.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    *,
+    form: records.Kind | None = None,
+  ):
     kinds = dict(config.prompt.templates)
     if config.prompt.style == "run":
       own = run_config(config)["prompt"]
       whole = own["build"]["question_template"]
       kinds = dict.fromkeys(kinds, whole) | dict(own["templates"])
-    elif config.benchmark in config.prompt.of_benchmark:
+    elif form is None and config.benchmark in config.prompt.of_benchmark:
       kinds = dict.fromkeys(kinds, config.prompt.of_benchmark[config.benchmark])
+    if form is not None:
+      kinds = dict.fromkeys(kinds, kinds[form])
     self.templates = kinds
     self._with_subtitles = config.prompt.subtitles
     self._how = config.subtitles

@@ -95,6 +95,10 @@ def test_the_same_bits(clip, decoder, tmp_path):
     assert decoder.probe(one) == here.probe(one)
     expected = here.scan_frames(one, 8, (24, 32))
     assert _equal(decoder.scan_frames(one, 8, (24, 32)), expected)
+    if one in whole:
+      parts = 4, (24, 32), ((0.2, 0.5), (0.8, 1.1))
+      expected = here.scan_frames(one, *parts)
+      assert _equal(decoder.scan_frames(one, *parts), expected)
     index = expected.frame_index[expected.mask][::-1]
     for resize in ("area", "bicubic"):
       how = index, (56, 28)

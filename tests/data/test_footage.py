@@ -93,6 +93,48 @@ def test_a_clip_of_a_variable_rate():
   np.testing.assert_array_equal(scan.frames[scan.mask], whole.frames[inside])
 
 
+@pytest.mark.parametrize(
+  ("part", "within", "expected"),
+  [
+    # Ten frames a second: 20 to 27, and 50 to 53, twelve together.
+    (None, [(5.0, 5.3), (2.0, 2.7)], [21, 24, 27, 52]),
+    ((1.0, 4.0), [(1.0, 1.7)], [21, 23, 25, 27]),  # seconds of the clip
+    ((1.0, 4.0), [(2.9, 9.0)], [36, 37, 38, 39]),  # and none behind it
+    (None, [(2.0, 2.1)], [19, 20, 21, 22]),  # too few: the nearest
+    ((5.7, 6.0), [(0.0, 0.1)], [57, 58, 59]),  # all of a short clip
+  ],
+)
+def test_parts_of_a_video_by_hand(clip, part, within, expected):
+  one = Footage(str(clip), clip=part)
+  scan = HERE.scan_frames(one, 4, (16, 24), within)
+  real = len(expected)
+  assert scan.frame_index[:real].tolist() == expected
+  assert scan.mask.tolist() == [n < real for n in range(4)]
+  start_s = part[0] if part else 0
+  np.testing.assert_allclose(
+    scan.time_s[:real], np.array(expected) / 10 - start_s, atol=1e-9
+  )
+  frames, _ = video.read_frames(clip, np.array(expected), (16, 24))
+  np.testing.assert_array_equal(scan.frames[:real], frames)
+
+
+@needs_data
+def test_parts_of_a_variable_rate():
+  """True times, not those of a header that is wrong: see above."""
+  path = DATA / "tree.avi"
+  whole = video.scan_frames(path, 68, (16, 16))
+  within = [(10.0, 12.0), (18.0, 21.0)]
+  inside = np.any(
+    [(whole.time_s >= s) & (whole.time_s <= e) for s, e in within], 0
+  )
+  count = inside.sum()
+  scan = video.scan_frames(path, count, (16, 16), within=within)
+  assert 10 < count < 40 and scan.mask.all()
+  np.testing.assert_array_equal(scan.frame_index, whole.frame_index[inside])
+  np.testing.assert_allclose(scan.time_s, whole.time_s[inside], atol=1e-9)
+  np.testing.assert_array_equal(scan.frames, whole.frames[inside])
+
+
 @needs_data
 def test_stamps_are_those_of_the_container():
   truth = json.loads(
@@ -152,6 +194,12 @@ def test_a_folder_of_pictures(folder):
   assert part.frame_index.tolist() == [4, 5, 6, 0] and part.num_frames == 3
   assert part.time_s[part.mask].tolist() == [0, 0.5, 1.0]
   assert HERE.probe(one._replace(clip=(2.0, 3.5))).duration_s == 1.5
+  some = HERE.scan_frames(one, 3, (15, 20), [(4.0, 5.0), (0.0, 0.6)])
+  assert some.frame_index.tolist() == [0, 8, 10]  # of 0, 1, 8, 9, 10
+  assert some.time_s.tolist() == [0.0, 4.0, 5.0]
+  some = HERE.scan_frames(one._replace(clip=(2.0, 5)), 2, (15, 20), [(1, 1.4)])
+  assert some.frame_index.tolist() == [6, 7]  # beside it, one more
+  assert some.time_s.tolist() == [1.0, 1.5]
   frames = HERE.read_frames(one, np.array([10, 0, 10]), (15, 20))
   assert frames[:, 7, 7, 0].tolist() == [220, 20, 220]
 
@@ -173,6 +221,8 @@ def test_folders_that_will_not_do(folder, tmp_path):
     HERE.scan_frames(Footage(str(folder), (6.0, 7.0), 2.0), 4, (15, 20))
   with pytest.raises(video.VideoError, match="a picture has no clip"):
     HERE.scan_frames(Footage(str(folder / "img1.png"), (0.0, 1.0)), 4, (15, 20))
+  with pytest.raises(video.VideoError, match="a picture has no clip"):
+    HERE.scan_frames(Footage(str(folder / "img1.png")), 4, (15, 20), [(0, 1)])
 
 
 def test_a_sample_says_what_it_looks_at():

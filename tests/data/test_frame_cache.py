@@ -96,6 +96,16 @@ def test_identical_with_and_without(clip, tmp_path):
       assert (cache.hits, cache.misses) == expected
 
 
+def test_parts_are_entries_of_their_own(clip, tmp_path):
+  one, here = Footage(str(clip)), decoding.Decoder()
+  cache, asked = _cache(tmp_path)
+  for within in ((), ((0.5, 0.8),), ((0.5, 0.8), (2.0, 2.2))):
+    expected = here.scan_frames(one, 4, (24, 32), within)
+    for _ in range(2):
+      assert _equal(cache.scan_frames(one, 4, (24, 32), within), expected)
+  assert asked == ["scan"] * 3 and len(_entries(tmp_path)) == 3
+
+
 def test_an_entry_grows(clip, tmp_path):
   cache, asked = _cache(tmp_path)
   one, here = Footage(str(clip)), decoding.Decoder()

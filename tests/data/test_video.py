@@ -83,6 +83,56 @@ def test_spread_is_the_stated_formula(count, num):
   np.testing.assert_array_equal(frame_size.spread(count, num), list(expected))
 
 
+@pytest.mark.parametrize(
+  ("intervals", "num", "expected"),
+  [
+    # Twelve frames, one a second.
+    ([(2, 9)], 4, [3, 5, 7, 9]),  # floor((k + 0.5) 8 / 4) of 2 to 9
+    ([(8, 9), (2, 3)], 4, [2, 3, 8, 9]),  # in time order
+    ([(2, 3), (8, 11)], 3, [3, 9, 11]),  # even over both: 1, 3, 5 of six
+    ([(2, 6), (4, 9), (5, 5)], 4, [3, 5, 7, 9]),  # overlaps count once
+    ([(2, 3)], 5, [0, 1, 2, 3, 4]),  # too few: the nearest, earlier first
+    ([(10, 11)], 4, [8, 9, 10, 11]),
+    ([(4.4, 4.6)], 1, [4]),  # between two: the nearest
+    ([(4.6, 4.8)], 2, [4, 5]),
+    ([(0.2, 0.3), (9.1, 9.2)], 2, [0, 9]),
+    ([(3, 5)], 20, range(12)),  # never more than there are
+  ],
+)
+def test_frames_within_intervals_by_hand(intervals, num, expected):
+  found = frame_size.spread_within(np.arange(12.0), intervals, num)
+  assert found.tolist() == list(expected)
+
+
+def test_frames_within_intervals_by_brute_force():
+  """Random times and intervals: inside and even, or all inside and nearest."""
+  rng = np.random.default_rng(0)
+  kinds = set()
+  for _ in range(300):
+    time_s = np.cumsum(rng.uniform(0.1, 1.5, rng.integers(1, 40)))
+    num = int(rng.integers(1, 12))
+    intervals = [
+      tuple(sorted(rng.uniform(0, 40, 2))) for _ in range(rng.integers(1, 4))
+    ]
+    found = frame_size.spread_within(time_s, intervals, num).tolist()
+    assert len(found) == len(set(found)) == min(num, len(time_s))
+    assert found == sorted(found)
+
+    def away(n, time_s=time_s, intervals=intervals):
+      apart_s = [max(s - time_s[n], time_s[n] - e, 0) for s, e in intervals]
+      return round(min(apart_s), 6)
+
+    inside = [n for n in range(len(time_s)) if away(n) == 0]
+    kinds.add(len(inside) >= num)
+    if len(inside) >= num:
+      picked = [int((k + 0.5) * len(inside) / num) for k in range(num)]
+      assert found == [inside[k] for k in picked]
+    else:
+      near = sorted(range(len(time_s)), key=lambda n: (away(n), n))
+      assert found == sorted(near[:num]) and {*inside} <= {*found}
+  assert kinds == {True, False}
+
+
 def test_scan_of_a_short_video_is_masked(grey):
   scan = video.scan_frames(grey, 30, (16, 16))
   assert scan.num_frames == 24 and scan.mask.sum() == 24

@@ -273,6 +273,26 @@ def test_videos_that_cannot_be_read(open_config, tmp_path):
     evaluate.run(config, tmp_path)
 
 
+def test_a_part_that_cannot_be_read(open_config, manifest, tmp_path):
+  """Other questions about its video, and behind it, keep their answers."""
+  rows = [
+    dict(id=str(n), video=f"{name}.mp4", question=f"q{n}?", options=["x", "y"])
+    | dict(answer="A")
+    for n, name in enumerate(("wide", "wide", "high"))
+  ]
+  path = manifest.with_name("parts.jsonl")
+  made = []
+  for clip in ([1.0, 4.0], [50.0, 53.0]):  # of five seconds
+    rows[0]["clip"] = clip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = open_config.copy_and_resolve_references()
+    config.annotations = str(path)
+    folder = evaluate.run(config, tmp_path)["folder"]
+    made.append(_rows(pathlib.Path(folder) / "predictions.jsonl"))
+  assert "its clip is from 50.00" in made[1][0]["unreadable"]
+  assert made[0][1:] == made[1][1:] and "unreadable" not in made[0][0]
+
+
 def test_a_video_that_is_lost_on_the_way(open_config, tmp_path, monkeypatch):
   """It scans, and then its frames cannot be read."""
   read = pipeline.FrameReader.read
