@@ -45,6 +45,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if system == "videochat":
     shown = "joint" if variant == "cold" else variant
     config = videochat_r1.get_config(f"{shown},smoke")
+    # Two of them to a slice: with eight, a time label every three seconds was
+    # too coarse for events of one.
+    config.tad.num_keyframes = 16
+    config.prompt.max_tokens = 176
   elif arm == "temporal_select":
     config = select_data.get_config("smoke")
   elif system == "temporal":
@@ -64,7 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.report.probe_videos = 0
   if variant == "cold":
     config.sft.update(
-      max_steps=500,
+      max_steps=1000,
       batch_size=32,
       stop_accuracy=0.55,
       eval_every=20,
