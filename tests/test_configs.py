@@ -36,6 +36,7 @@ from cf_jax.programs import (
   amplify,
   ask,
   choosing,
+  clue,
   export_stablehlo,
   held_out,
   policies,
@@ -212,6 +213,7 @@ BINDS["evaluate"] = {
   ),
   "scan": (choosing.by_name, ("tad",), dict(encode=None, tad={})),
   "tad": (tad.select_keyframes, (None,), {"num_keyframes": 1}),
+  "clue": (clue.second_pass, (None,), {}),
   "prompt.build": (
     prompts.build_prompt,
     (None, "", ()),
@@ -375,7 +377,7 @@ def test_values_are_accepted(path, arg):
   assert set(config.evaluation.arms) <= set(views.ARMS)
   assert set(config.data.synthetic.tasks) <= set(synthetic_tasks.TASKS)
   assert config.contrast.tau > 0
-  reinforce.contrast_arms(config)
+  reinforce.check_settings(config)
   scorer.check(config)
   rewards.combine(
     dict.fromkeys(

@@ -12,6 +12,8 @@ log, an error or the cache.
 """
 
 import concurrent.futures
+import contextlib
+import contextvars
 import datetime
 import email.utils
 import hashlib
@@ -21,6 +23,7 @@ import os
 import pathlib
 import random
 import re
+import socket
 import threading
 import time
 import urllib.parse
@@ -28,6 +31,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import requests
+import urllib3
 
 from cf_jax import disk
 
@@ -114,7 +118,7 @@ def make_question(answer: str, sample) -> Question:
     return Question(prompt, len(sample.events))
   if sample.kind == "open_ended":
     prompt = ANSWER_PROMPT.format(
-      question=json.dumps(sample.question, ensure_ascii=False),
+      question=json.dumps(sample.rubric or sample.question, ensure_ascii=False),
       truth=json.dumps(sample.answer, ensure_ascii=False),
       answer=quoted,
     )
@@ -183,6 +187,150 @@ def check_no_secret(url: str, key_variable: str) -> None:
     )
 
 
+# ------------------------------------------------------------- a bound of time
+
+
+class _Watch(contextlib.AbstractContextManager):
+  """Ends what a thread asks of an endpoint at a deadline.
+
+  A timeout of the client is that of a single arrival: with a header now and
+  then, an attempt would never end.
+
+  Args:
+    limit_s: from now to the deadline.
+  """
+
+  def __init__(self, limit_s: float):
+    self._deadline = time.monotonic() + limit_s
+    self._lock = threading.Lock()
+    self._sock = None
+    self._timer = threading.Timer(limit_s, self._end)
+    self._timer.name = "judge deadline"
+    self._timer.daemon = True
+
+  def __enter__(self):
+    self._before = _WATCH.set(self)
+    self._timer.start()
+    return self
+
+  def __exit__(self, *error):
+    self._timer.cancel()
+    self._timer.join()
+    _WATCH.reset(self._before)
+    self._let_go()
+
+  def over(self) -> bool:
+    """Has the deadline passed?"""
+    return time.monotonic() >= self._deadline
+
+  def left_s(self) -> float:
+    """Seconds to the deadline.
+
+    Raises:
+      TimeoutError: there are none.
+    """
+    left_s = self._deadline - time.monotonic()
+    if left_s <= 0:
+      raise TimeoutError("the deadline has passed")
+    return left_s
+
+  def take(self, sock: socket.socket) -> None:
+    """Ends this connection at the deadline, in place of an earlier one.
+
+    Raises:
+      TimeoutError: it has passed.
+    """
+    with self._lock:
+      self.left_s()
+      self._let_go()
+      # Its own handle: TLS takes the one of `sock` away.
+      self._sock = socket.socket(fileno=os.dup(sock.fileno()))
+
+  def _let_go(self) -> None:
+    if self._sock is not None:
+      self._sock.close()
+      self._sock = None
+
+  def _end(self) -> None:
+    with self._lock:
+      if self._sock is not None:
+        with contextlib.suppress(OSError):  # it has ended by itself
+          self._sock.shutdown(socket.SHUT_RDWR)
+
+
+_WATCH: contextvars.ContextVar[_Watch] = contextvars.ContextVar("watch")
+
+
+class _Watched:
+  """A connection of urllib3 that the thread's `_Watch` can end."""
+
+  def _new_conn(self) -> socket.socket:
+    watch = _WATCH.get()
+    problem = OSError(f"no address of {self.host!r} is known")
+    # The client would grant each address the whole time.
+    for *how, _, address in socket.getaddrinfo(
+      self.host.strip("[]"), self.port, type=socket.SOCK_STREAM
+    ):
+      try:
+        sock = socket.socket(*how)
+      except OSError as error:  # an address family that is not there
+        problem = error
+        continue
+      try:
+        for option in self.socket_options or ():
+          sock.setsockopt(*option)
+        sock.settimeout(watch.left_s())
+        sock.connect(address)
+        watch.take(sock)
+      except OSError as error:
+        sock.close()
+        problem = error
+      else:
+        return sock
+    raise problem
+
+  def request(self, *args, **settings) -> None:
+    if self.sock is not None:  # opened by an earlier attempt
+      _WATCH.get().take(self.sock)
+    super().request(*args, **settings)
+
+
+class _HTTPConnection(_Watched, urllib3.connection.HTTPConnection):
+  pass
+
+
+class _HTTPSConnection(_Watched, urllib3.connection.HTTPSConnection):
+  pass
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+  ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+  ConnectionCls = _HTTPSConnection
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+  """Its connections are `_Watched`, to a proxy too unless that is SOCKS."""
+
+  def init_poolmanager(self, *args, **settings) -> None:
+    super().init_poolmanager(*args, **settings)
+    self._watch(self.poolmanager)
+
+  def proxy_manager_for(self, *args, **settings):
+    manager = super().proxy_manager_for(*args, **settings)
+    if isinstance(manager, urllib3.ProxyManager):
+      self._watch(manager)
+    return manager
+
+  def _watch(self, manager) -> None:
+    manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+
+# ------------------------------------------------------------------- the judge
+
+
 class Judge:
   """Scores answers by asking an LLM; each question is asked once and kept.
 
@@ -215,7 +363,7 @@ class Judge:
       key_variable: environment variable that holds the key, A-Z, 0-9 and _;
         "" for none.
       cache_dir: folder of the replies, shared by runs; made where missing.
-      timeout_s: longest time of one attempt.
+      timeout_s: longest time of one attempt, once the host's name is known.
       max_attempts: of one question.
       backoff_s: wait before the second attempt; doubles with each further one.
       max_wait_s: longest wait between attempts, whatever the endpoint asks.
@@ -293,6 +441,8 @@ class Judge:
 
     def start():
       local.session = requests.Session()
+      for scheme in ("http://", "https://"):
+        local.session.mount(scheme, _Adapter())
       sessions.append(local.session)
 
     pool = concurrent.futures.ThreadPoolExecutor(
@@ -381,34 +531,35 @@ class Judge:
         request.headers["Authorization"] = f"Bearer {self._key}"
       return request
 
-    deadline = time.monotonic() + self._timeout_s
+    content, watch = bytearray(), _Watch(self._timeout_s)
+    late = f"no whole reply within {self._timeout_s:g} s"
     try:
-      with session.post(
-        self._url,
-        data=json.dumps(body).encode(),
-        headers={
-          "Content-Type": "application/json",
-          "Accept-Encoding": "identity",
-        },
-        auth=authorize,
-        timeout=self._timeout_s,
-        allow_redirects=False,
-        stream=True,
-      ) as response:
-        content = bytearray()
-        # Byte by byte: a larger read waits until it is full, and the timeout
-        # above is only that of a single arrival.
-        for byte in response.iter_content(1):
-          content += byte
-          if time.monotonic() > deadline:
-            raise _Failure(f"no whole reply within {self._timeout_s:g} s")
+      with (
+        watch,
+        session.post(
+          self._url,
+          data=json.dumps(body).encode(),
+          headers={
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+          },
+          auth=authorize,
+          timeout=self._timeout_s,
+          allow_redirects=False,
+          stream=True,
+        ) as response,
+      ):
+        for part in response.iter_content(4096):
+          content += part
           if len(content) > _MAX_REPLY_BYTES:
             raise _Failure(f"a reply of more than {_MAX_REPLY_BYTES} bytes")
-    except requests.Timeout:
-      raise _Failure(f"no reply within {self._timeout_s:g} s") from None
     except requests.RequestException as error:
+      if watch.over() or isinstance(error, requests.Timeout):
+        raise _Failure(late) from None
       said = self._clean(f"{type(error).__name__}: {error}")
       raise _Failure(said[:300]) from None
+    if watch.over():  # a connection that was ended looks like a short reply
+      raise _Failure(late)
     said = self._clean(content.decode("utf-8", errors="replace"))
     status = response.status_code
     if status in _RETRIED or status >= 500:

@@ -189,11 +189,11 @@ def _judgeable(benchmark: str, sample: records.Sample) -> records.Sample:
       kind="open_ended",
       question="\n".join([sample.question, *lines]),
       answer=lines[letters.index(sample.answer)],
+      rubric="",
     )
   if sample.kind == "caption":
     return sample
-  question = sample.rubric or sample.question
-  return sample._replace(kind="open_ended", question=question)
+  return sample._replace(kind="open_ended")
 
 
 def _judge(

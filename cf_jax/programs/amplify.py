@@ -128,6 +128,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       "both see the same samples and the same scan, but config.answerer.data"
       f" says another {', '.join(differ)}; leave that out"
     )
+  reinforce.check_settings(config)
   for name, value in (
     ("selector.learn", config.selector.learn),
     ("rl.eval_every", config.rl.eval_every),

@@ -80,12 +80,14 @@ def decide(
     scores: main score of each answer, in [0, 1].
     sample: what they answer.
     min_best: what the best answer must reach to be good.
-    min_spread: standard deviation (ddof 0) from which answers differ.
+    min_spread: standard deviation (ddof 0) from which answers differ; equal
+      ones never do.
 
   Returns:
     One of `REASONS`.
   """
-  differ = np.std(scores) >= min_spread
+  # Not std > 0: that of equal scores may be a rounding error above it.
+  differ = max(scores) > min(scores) and np.std(scores) >= min_spread
   if answers.CREDIT[sample.kind][0] != "accuracy":
     if max(scores) < min_best:
       return "no good answer"

@@ -74,6 +74,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   check_same_config(config, workdir)
   telemetry.parse_updates(config.profile, config.rl.steps)  # or fail at once
   scorer.check(config)
+  if config.rl.steps:
+    reinforce.check_settings(config)
   if not config.report.stages or set(config.report.stages) - set(
     policies.STAGES
   ):

@@ -3,6 +3,7 @@
 import http.server
 import json
 import logging
+import socket
 import threading
 import time
 import types
@@ -19,12 +20,14 @@ EVENTS = ("a red disc falls", "it rises", "a blue disc falls")
 
 
 def caption(**fields):
-  made = dict(id="s", kind="caption", events=EVENTS, question="", answer="")
+  made = dict(
+    id="s", kind="caption", events=EVENTS, question="", answer="", rubric=""
+  )
   return types.SimpleNamespace(**(made | fields))
 
 
-def open_ended(answer="a red disc", question="What falls?"):
-  return caption(kind="open_ended", question=question, answer=answer)
+def open_ended(answer="a red disc", question="What falls?", **fields):
+  return caption(kind="open_ended", question=question, answer=answer, **fields)
 
 
 def completion(text):
@@ -97,10 +100,27 @@ class Server:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(1000):
-      handler.wfile.write(b" ")
+    self._drip(handler, b" " * 1000)
+
+  def drip_status(self, handler):
+    self._drip(handler, b"HTTP/1.1 200 " + b"O" * 1000)
+
+  def drip_headers(self, handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    self._drip(handler, b"x" * 1000)
+
+  def _drip(self, handler, text):
+    for byte in text:
+      handler.wfile.write(bytes([byte]))
       if self.released.wait(0.05):
         break
+
+  def yes_and_stay(self, handler):
+    """The connection stays open for the next request."""
+    content = completion("yes")
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    handler.wfile.write(b"Content-Length: %d\r\n\r\n" % len(content) + content)
+    handler.close_connection = False
 
   def slow(self, handler):
     time.sleep(0.05)
@@ -184,6 +204,18 @@ def test_open_answers(server, make):
   assert made.score(answers) == [1, 0]
   prompt = server.seen[0][1]["messages"][0]["content"]
   assert 'Question: "What falls?"' in prompt and '"a red disc"' in prompt
+
+
+def test_the_judge_is_asked_its_own_question_where_there_is_one(server, make):
+  made = make(concurrency=1)
+  plain, own = open_ended(), open_ended(rubric="Which disc falls?")
+  made.score([("a disc, red", plain), ("a disc, red", own)])
+  asked = [body["messages"][0]["content"] for _, body in server.seen]
+  assert 'Question: "What falls?"' in asked[0]
+  assert 'Question: "Which disc falls?"' in asked[1]
+  assert "What falls?" not in asked[1]
+  made.score([("a disc, red", own)])
+  assert made.count["cached"] == 1
 
 
 def test_without_a_key_no_header_is_sent(server, make):
@@ -286,14 +318,60 @@ def test_what_stays_bad_is_one_clear_error(server, make, bad):
   assert len(server.seen) == 3
 
 
-@pytest.mark.parametrize("how", ["hang", "drip"])
+MISERS = ("hang", "drip", "drip_status", "drip_headers")
+
+
+@pytest.mark.parametrize("how", MISERS)
 def test_nobody_waits_longer_than_the_timeout(server, make, how):
   server.script = [getattr(server, how), YES]
   assert make().score([("x", open_ended())]) == [1]
   assert len(server.seen) == 2
   server.script = [getattr(server, how)]
+  begun = time.monotonic()
   with pytest.raises(judge.JudgeError, match="within 0.2 s"):
     make(max_attempts=1, timeout_s=0.2).score([("y", open_ended())])
+  assert time.monotonic() - begun < 2
+  names = [thread.name for thread in threading.enumerate()]
+  assert not [name for name in names if name.startswith("judge")]
+
+
+@pytest.mark.parametrize("how", MISERS)
+def test_nor_on_a_connection_that_is_used_again(server, make, how):
+  ports = []
+
+  def drip(handler):
+    ports.append(handler.client_address[1])
+    getattr(server, how)(handler)
+
+  def stay(handler):
+    ports.append(handler.client_address[1])
+    server.yes_and_stay(handler)
+
+  server.script = [stay, drip]
+  begun = time.monotonic()
+  with pytest.raises(judge.JudgeError, match="within 0.2 s"):
+    make(max_attempts=1, timeout_s=0.2, concurrency=1).score(
+      [("x", open_ended()), ("y", open_ended())]
+    )
+  assert time.monotonic() - begun < 2
+  assert len(ports) == 2 and len(set(ports)) == 1
+
+
+def test_a_host_that_never_answers_the_connection(make, monkeypatch):
+  """Each of its addresses would take the whole time."""
+  (found,) = socket.getaddrinfo("127.0.0.1", 9, type=socket.SOCK_STREAM)
+
+  class Silent(socket.socket):
+    def connect(self, address):
+      time.sleep(self.gettimeout())
+      raise TimeoutError("timed out")
+
+  monkeypatch.setattr(judge.socket, "getaddrinfo", lambda *_, **__: [found] * 9)
+  monkeypatch.setattr(judge.socket, "socket", Silent)
+  begun = time.monotonic()
+  with pytest.raises(judge.JudgeError, match="within 0.3 s"):
+    make(max_attempts=1, timeout_s=0.3).score([("x", open_ended())])
+  assert time.monotonic() - begun < 1.5
 
 
 def test_an_endpoint_that_is_down(make):

@@ -52,6 +52,27 @@ def test_the_rule(kind, scores, expected):
   assert select_data.decide(scores, _sample(kind), **limits) == expected
 
 
+@pytest.mark.parametrize(
+  ("kind", "scores", "expected"),
+  [
+    ("multiple_choice", (0, 0, 0), "all wrong"),
+    ("multiple_choice", (1, 1, 1), "all right"),
+    ("multiple_choice", (0, 0, 1), "kept"),
+    ("open_ended", (0, 0, 0), "all wrong"),
+    # The standard deviation of three times 0.3 is 6e-17.
+    ("free_form", (0.3, 0.3, 0.3), "all wrong"),
+    ("free_form", (0.3, 0.3, 0.301), "kept"),
+    ("regression", (0.0, 0.0, 0.0), "all wrong"),
+    ("interval", (0.6, 0.6, 0.6), "consistent"),
+    ("interval", (0.6, 0.6, 0.601), "kept"),
+    ("caption", (1, 1, 1), "consistent"),
+  ],
+)
+def test_equal_answers_never_differ(kind, scores, expected):
+  limits = LIMITS | {"min_spread": 0.0}
+  assert select_data.decide(scores, _sample(kind), **limits) == expected
+
+
 def _config(cache_dir):
   config = load_config("configs/select_data.py", "smoke")
   trained = ("rl", "contrast", "report")  # what `shrink` shrinks too
