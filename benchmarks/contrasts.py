@@ -305,12 +305,45 @@ def bonus_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def share_with(folder: pathlib.Path, text: str) -> float:
-  """Share of the held-out completions, before keyframes, that have a text."""
+def habits(folder: pathlib.Path, text: str) -> dict[str, float]:
+  """Held-out answers before keyframes: by a short cut, or by looking.
+
+  Args:
+    folder: of a finished run, questions with options.
+    text: what a completion has in it that takes the short cut.
+
+  Returns:
+    Shares: right; short_cut (of all); right_looking (of the others); and right
+    where an option is the right one (right_A, right_B, ...).
+  """
   with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
   shown = [row for row in rows if row["view"] == "keyframes"]
-  return float(np.mean([text in row["completion"] for row in shown]))
+
+  def right(some):
+    return float(np.mean([row["correct"] for row in some])) if some else 0.0
+
+  taken = [text in row["completion"] for row in shown]
+  looked = [row for row, short in zip(shown, taken, strict=True) if not short]
+  letters = sorted({row["answer"] for row in shown})
+  return {
+    "right": right(shown),
+    "short_cut": float(np.mean(taken)),
+    "right_looking": right(looked),
+  } | {
+    f"right_{letter}": right([row for row in shown if row["answer"] == letter])
+    for letter in letters
+  }
+
+
+def habit_table(found: Mapping[str, Mapping[str, float]]) -> str:
+  """Markdown of `habits`, %: run -> shares."""
+  names = list(next(iter(found.values())))
+  lines = ["| run | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+  for run, shares in found.items():
+    cells = " | ".join(f"{100 * shares[name]:.1f}" for name in names)
+    lines.append(f"| {run} | {cells} |")
+  return "\n".join(lines) + "\n"
 
 
 def draw(
@@ -359,6 +392,20 @@ def main() -> None:
       print(f"{folder.name} is left out: no results of {', '.join(missing)}")
     else:
       whole.append(folder.name)
+  taken = {
+    f"{path.parent.parent.name}/{path.parent.name}": habits(
+      path.parent, study.short_cut
+    )
+    for path in sorted(args.runs.glob("seed_*/*/predictions.jsonl"))
+    if study.short_cut
+  }
+  if taken:
+    print(habit_table(taken))
+  if taken and len(whole) < 2:  # a pilot
+    if args.out:
+      args.out.parent.mkdir(parents=True, exist_ok=True)
+      args.out.write_text(json.dumps({"habits": taken}, indent=1) + "\n")
+    return
   if len(whole) < 2:
     parser.error(
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
@@ -383,14 +430,6 @@ def main() -> None:
   }
   spreads = {arm: s for arm, s in spreads.items() if any(x["mean"] for x in s)}
   print(bonus_table(spreads))
-  taken = {
-    arm: [share_with(args.runs / name / arm, study.short_cut) for name in whole]
-    for arm in arms
-    if study.short_cut
-  }
-  for arm, each in taken.items():
-    shown = mean_sd([100 * value for value in each])
-    print(f"{arm}: {shown} % of the held-out answers by the short cut")
   if args.out:
     made = {
       "seeds": whole,
@@ -401,7 +440,7 @@ def main() -> None:
     if described:
       made["cells"] = described
     if taken:
-      made["short_cut"] = taken
+      made["habits"] = taken
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(made, indent=1) + "\n")
   if args.plots:

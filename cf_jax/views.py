@@ -30,6 +30,7 @@ from cf_jax import selectors, tad
 from cf_jax.data import (
   drawing,
   footage,
+  frame_size,
   patches,
   pipeline,
   prompts,
@@ -236,7 +237,8 @@ def frames_of_boxes(
         " the sample out"
       )
     index[row] = num_frames
-    index[row, :count] = tad.uniform_index(mask[row], count)
+    place = frame_size.spread(real, count)
+    index[row, :count] = np.flatnonzero(mask[row])[place]
     uniform[row] = index[row]
   shown = np.array([sample.kind == "tracking" for sample in samples])[:, None]
   return keyframes.replace(

@@ -293,7 +293,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     num_samples=4,  # completions drawn under another view, where any are
     tau=1.0,  # nats at which the contrast of a rollout saturates
     # Tokens over which a rollout is compared: those of its "answer", or all
-    # "text" between tags, its reasoning too.
+    # "text" between tags, its reasoning too, which narrating alone may earn.
     span="answer",
     # Of the cited keyframes: "evidence" (annotated), "deletion",
     # "weighted_deletion", "none".

@@ -450,21 +450,48 @@ def test_spread_of_bonuses_by_hand(tmp_path):
   assert row in contrasts.bonus_table({"a": [found]})
 
 
-def test_share_of_answers_by_a_short_cut(tmp_path):
+def test_answers_by_a_short_cut_and_by_looking(tmp_path, monkeypatch, capsys):
   rows = [
-    {"view": view, "completion": f"<think>{text}</think>"}
-    for view, text in (
-      ("keyframes", "A"),
-      ("keyframes", "red blue"),
-      ("keyframes", "A"),
-      ("keyframes", "A red"),
-      ("blind", "A"),
+    {
+      "view": view,
+      "completion": f"<think>{text}</think>",
+      "answer": answer,
+      "correct": correct,
+    }
+    for view, text, answer, correct in (
+      ("keyframes", "A", "A", True),
+      ("keyframes", "A", "B", False),
+      ("keyframes", "red blue", "A", True),
+      ("keyframes", "A red", "A", True),
+      ("keyframes", "blue red", "B", False),
+      ("blind", "A", "A", True),
     )
   ]
+  folder = tmp_path / "seed_3" / "grpo"
+  folder.mkdir(parents=True)
   lines = "".join(json.dumps(row) + "\n" for row in rows)
-  (tmp_path / "predictions.jsonl").write_text(lines)
+  (folder / "predictions.jsonl").write_text(lines)
+  expected = {
+    "right": 3 / 5,
+    "short_cut": 2 / 5,
+    "right_looking": 2 / 3,
+    "right_A": 1.0,
+    "right_B": 0.0,
+  }
   text = contrasts.STUDIES["shortcut"].short_cut
-  assert contrasts.share_with(tmp_path, text) == 2 / 4
+  assert contrasts.habits(folder, text) == pytest.approx(expected)
+  # A pilot of one seed: the table alone.
+  out = tmp_path / "out.json"
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    ["contrasts", "--study=shortcut", f"--runs={tmp_path}", f"--out={out}"],
+  )
+  contrasts.main()
+  row = "| seed_3/grpo | 60.0 | 40.0 | 66.7 | 100.0 | 0.0 |"
+  assert row in capsys.readouterr().out
+  found = json.loads(out.read_text())
+  assert found["habits"]["seed_3/grpo"] == pytest.approx(expected)
 
 
 def test_table_of_controls(tmp_path):

@@ -267,10 +267,11 @@ class _Watched:
   def _new_conn(self) -> socket.socket:
     watch = _WATCH.get()
     problem = OSError(f"no address of {self.host!r} is known")
-    # The client would grant each address the whole time.
-    for *how, _, address in socket.getaddrinfo(
+    found = socket.getaddrinfo(
       self.host.strip("[]"), self.port, type=socket.SOCK_STREAM
-    ):
+    )
+    # The client would grant each address the whole time.
+    for number, (*how, _, address) in enumerate(found):
       try:
         sock = socket.socket(*how)
       except OSError as error:  # an address family that is not there
@@ -279,8 +280,9 @@ class _Watched:
       try:
         for option in self.socket_options or ():
           sock.setsockopt(*option)
-        sock.settimeout(watch.left_s())
+        sock.settimeout(watch.left_s() / (len(found) - number))
         sock.connect(address)
+        sock.settimeout(watch.left_s())
         watch.take(sock)
       except OSError as error:
         sock.close()

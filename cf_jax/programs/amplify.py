@@ -586,6 +586,9 @@ class Amplifier:
       )
       for of_policy in (selector_config, answerer_config)
     )
+    reinforce.check_credit(
+      self.of_selector.config, self.of_selector.samples["train"]
+    )
     self._selector = Selector(self.of_selector, self.num_frames)
     self._answerer = Answerer(self.of_answerer)
 

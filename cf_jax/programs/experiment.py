@@ -379,7 +379,29 @@ def _own_samples(config, workdir, decoder) -> dict[str, list[records.Sample]]:
       components=config.answers.components,
       has_judge=bool(config.judge.url),
     )
+    _check_boxes(config, rows)
   return samples
+
+
+def _check_boxes(
+  config: ml_collections.ConfigDict, samples: Sequence[records.Sample]
+) -> None:
+  """Raises a ValueError for tracking questions whose frames cannot be shown."""
+  counts = [
+    len(sample.boxes) for sample in samples if sample.kind == "tracking"
+  ]
+  most = min(config.tad.num_keyframes, config.data.loader.scan_frames)
+  if max(counts, default=0) > most:
+    raise ValueError(
+      f"a tracking question has boxes of {max(counts)} frames, and {most} are"
+      " shown; raise config.tad.num_keyframes or config.data.loader.scan_frames"
+    )
+  if counts and "selector" in config and config.selector.learn:
+    raise ValueError(
+      f"{len(counts)} questions are of tracking, whose frames are those of"
+      " their boxes: none are left to choose; leave them out, or set"
+      " config.selector.learn=False"
+    )
 
 
 def check_prompt(

@@ -230,7 +230,7 @@ def calls_of(config: ml_collections.ConfigDict) -> dict[str, int]:
   arms = reinforce.contrast_arms(config)
   contrastive = bool(config.contrastive.weight)
   found = {"vision": 1, "prefill": 1, "unstack": 1, "decode": 1}
-  if arms.sampled:
+  if arms.sampled or arms.watched:  # the latter at times: not in an update
     found["prefill, other arms"] = len(arms.sampled)
     found["decode, other arms"] = len(arms.sampled)
   if arms.scored or config.rl.importance_cap:

@@ -252,14 +252,13 @@ class Collector:
     check_settings(config)
     self.arms = contrast_arms(config)
     train = experiment.samples["train"]
-    if stage.optimizer is not None:
-      check_credit(config, train)
     self._kinds = sorted({sample.kind for sample in train})
     self._tasks = sorted({sample.task for sample in train})
     self.at_times = [f"arm/{arm}" for arm in self.arms.watched]
     for task in self._tasks:
       self.at_times += [f"accuracy/{task}", f"task_reward/{task}"]
-    self.at_times += [f"reward/{name}" for name in config.answers.components]
+    earned = {name for kind in self._kinds for name in answers.CREDIT[kind]}
+    self.at_times += [f"reward/{name}" for name in sorted(earned)]
     if moments is None:
       moments = ([0.0] * len(self._kinds), [0.0] * len(self._kinds))
     self.moments = tuple(np.asarray(x, np.float32) for x in moments)

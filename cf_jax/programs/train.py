@@ -137,6 +137,8 @@ def _run(
     experiment_lib.build(config, workdir), guard=guard
   )
   check_same_data(experiment.data_hash, workdir)
+  if config.rl.steps and not scorer.is_alone(config):
+    reinforce.check_credit(config, experiment.samples["train"])
   # Before the workdir belongs to this config: it finds mistakes.
   about = experiment_lib.summary(experiment)
   telemetry.write_manifest(

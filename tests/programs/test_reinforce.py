@@ -403,6 +403,7 @@ def test_a_run_is_refused_before_anything_is_made(config, tmp_path):
   config.sampling.num_completions = 1
   with pytest.raises(ValueError, match="config.sampling.num_completions=1"):
     train.run(config, tmp_path / "run")
+  assert not list((tmp_path / "run").iterdir())
 
 
 def test_the_reference_is_asked_only_where_it_counts(config):
