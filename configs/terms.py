@@ -59,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   frames, _, term = arm.partition("_")
   if frames == "cited":
     config.data.synthetic.tasks = ("grounded_qa",)
+    # Looked at, not rewarded: to cite pays by saliency alone.
+    config.answers.components = ("accuracy", "format", "iou")
     config.answers.reasoning = "tagged"
     config.prompt.max_tokens = 128
     config.sampling.max_tokens = 40  # reasoning, answer and intervals

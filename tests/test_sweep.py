@@ -13,6 +13,8 @@ import pytest
 from benchmarks import contrasts, controls
 from benchmarks import neighbours as neighbours_table
 from benchmarks import terms as terms_table
+from cf_jax.data import answers, synthetic_specs, synthetic_tasks
+from cf_jax.programs import reinforce
 from configs import contrasts as contrasts_config
 from configs import neighbours, shortcut, terms
 from launch import sweep
@@ -336,6 +338,39 @@ def test_table_of_terms(tmp_path):
     "| a | 2 | 51.0 (sd 1.4) | 50.0 (sd 0.0) | 25.0 (sd 0.0) | 9.50 (sd 0.71) |"
   )
   assert row in terms_table.table({"a": [found, other]})
+
+
+@pytest.mark.parametrize(
+  ("module", "arms"),
+  [
+    (terms, (*terms.ARMS, *terms.CITED, "cited_cold_start")),
+    (contrasts_config, (*contrasts_config.ARMS, "cold_start")),
+    (shortcut, (*shortcut.ARMS, "cold_start")),
+    (
+      neighbours,
+      [
+        f"{name}_{arm}"
+        for name, all_ in neighbours.ARMS.items()
+        for arm in all_
+      ],
+    ),
+  ],
+  ids=["terms", "contrasts", "shortcut", "neighbours"],
+)
+def test_every_arm_can_judge_and_reward_its_tasks(module, arms):
+  for arm in arms:
+    config = module.get_config(arm)
+    samples = [
+      synthetic_tasks.to_sample(spec, "a.mp4")
+      for spec in synthetic_specs.make_specs(
+        "train", 8, seed=0, tasks=config.data.synthetic.tasks
+      )
+    ]
+    answers.check_samples(
+      samples, components=config.answers.components, has_judge=False
+    )
+    reinforce.check_settings(config)
+    reinforce.check_credit(config, samples)
 
 
 def test_neighbours_arms():
