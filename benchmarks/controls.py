@@ -94,8 +94,9 @@ def main() -> None:
   parser.add_argument("--arm", default="tad_kfgrpo", help="whose policy")
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--count", type=int, default=256, help="videos a task")
+  parser.add_argument("--seeds", type=int, help="the first so many; all")
   args = parser.parse_args()
-  runs = sorted(args.runs.glob(f"seed_*/{args.arm}/results.json"))
+  runs = sorted(args.runs.glob(f"seed_*/{args.arm}/results.json"))[: args.seeds]
   if not runs:
     parser.error(f"{args.runs} has no finished {args.arm}")
   found: dict[str, list] = {select: [] for select in SELECTORS}

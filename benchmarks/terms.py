@@ -3,10 +3,10 @@
   python -m launch.sweep --config=configs/terms.py --out=runs/contrasts
   python -m benchmarks.terms --runs=runs/contrasts --out=docs/results/terms.json
 
-Descriptive: few seeds, no test. For every arm the held-out accuracy, where
-order is used (ordered and reversed keyframes of the order task) and what would
-show a policy that learns something else than to look: the tokens before its
-answer, how often it cites a keyframe and how often TAD's most salient one, and
+Descriptive: few seeds, no test; arms are compared on the same seeds. For every
+arm the held-out accuracy, where order is used (ordered and reversed keyframes
+of the order task) and what would show a policy that learns something else than
+to look: the tokens before its answer, how often it cites a keyframe and how often TAD's most salient one, and
 how much its wrong answers are held by the order of the frames.
 """
 
@@ -34,7 +34,21 @@ HELD_OUT = {
   "order, ordered": ("keyframes", "order_two"),
   "order, reversed": ("reversed", "order_two"),
 }
+# Arms that are compared with each other, on the seeds that have all of them.
+GROUPS = (
+  ("cold_start", *terms.ARMS, "tad_tgrpo"),
+  ("cited_cold_start", *terms.CITED),
+)
 _LAST = 20  # updates
+
+
+def whole_seeds(runs: pathlib.Path, arms: Sequence[str]) -> list[pathlib.Path]:
+  """The folders of the seeds in which every one of the arms is finished."""
+  return [
+    folder
+    for folder in sorted(runs.glob("seed_*"))
+    if all((folder / arm / "results.json").is_file() for arm in arms)
+  ]
 
 
 def columns(folder: pathlib.Path) -> dict[str, float]:
@@ -77,18 +91,14 @@ def main() -> None:
   parser.add_argument("--runs", type=pathlib.Path, required=True)
   parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
-  arms = ("cold_start", *terms.ARMS, "tad_tgrpo")
-  arms += ("cited_cold_start", *terms.CITED)
   found = {
-    arm: [
-      columns(path.parent)
-      for path in sorted(args.runs.glob(f"seed_*/{arm}/results.json"))
-    ]
+    arm: [columns(folder / arm) for folder in whole]
+    for arms in GROUPS
+    if (whole := whole_seeds(args.runs, arms))
     for arm in arms
   }
-  found = {arm: seeds for arm, seeds in found.items() if seeds}
   if not found:
-    parser.error(f"{args.runs} has no finished run of configs/terms.py")
+    parser.error(f"{args.runs} has no seed with all arms of configs/terms.py")
   print(table(found))
   if args.out:
     args.out.parent.mkdir(parents=True, exist_ok=True)

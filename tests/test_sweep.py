@@ -340,6 +340,15 @@ def test_table_of_terms(tmp_path):
   assert row in terms_table.table({"a": [found, other]})
 
 
+def test_terms_are_compared_on_the_same_seeds(tmp_path):
+  for name in ("seed_0/a", "seed_0/b", "seed_1/a", "seed_10/a", "seed_10/b"):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "results.json").touch()
+  (tmp_path / "seed_2/b").mkdir(parents=True)  # not finished
+  found = terms_table.whole_seeds(tmp_path, ("a", "b"))
+  assert [folder.name for folder in found] == ["seed_0", "seed_10"]
+
+
 @pytest.mark.parametrize(
   ("module", "arms"),
   [
