@@ -6,8 +6,9 @@
 Descriptive: few seeds, no test; arms are compared on the same seeds. For every
 arm the held-out accuracy, where order is used (ordered and reversed keyframes
 of the order task) and what would show a policy that learns something else than
-to look: the tokens before its answer, how often it cites a keyframe and how often TAD's most salient one, and
-how much its wrong answers are held by the order of the frames.
+to look: the tokens before its answer, how often it cites a keyframe and how
+often TAD's most salient one, and how much its wrong answers are held by the
+order of the frames.
 """
 
 import argparse
