@@ -12,6 +12,10 @@ updates with equally many completions a prompt. An arm is SELECTOR_METHOD:
   _placebo_prompt                   with the contrast of another prompt
 
   configs/contrasts.py:cold_start   the policy that all arms start from
+
+It is taught on TAD's frames. What of the difference to uniform frames is that,
+two runs a seed say: uniform_cold_start is taught on uniform frames, and
+uniform_own_grpo goes on from it.
 """
 
 import ml_collections
@@ -37,6 +41,8 @@ FURTHER_ARMS = (
   "learned_kfgrpo",
 )
 FURTHER_SEEDS = 3
+# Taught on uniform frames from the first update on, on the same seeds.
+UNIFORM_COLD, UNIFORM_OWN = "uniform_cold_start", "uniform_own_grpo"
 # Another generator, on which settings may be tuned, equally long for all arms.
 TUNING_SEED = 1000
 
@@ -44,7 +50,7 @@ TUNING_SEED = 1000
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """One arm; the default is KF-GRPO's."""
   arm = arg or "tad_kfgrpo"
-  arms = ("cold_start", *ARMS, *FURTHER_ARMS)
+  arms = ("cold_start", *ARMS, *FURTHER_ARMS, UNIFORM_COLD, UNIFORM_OWN)
   if arm not in arms:
     raise ValueError(
       f"configs/contrasts.py takes one of {', '.join(arms)}; got {arg!r}"
@@ -58,16 +64,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.rl.steps = 100
   config.evaluation.arms = ("keyframes", "shuffled", "reversed", "blind")
   config.contrast.watch_every = 0
-  if arm == "cold_start":
+  if arm in ("cold_start", UNIFORM_COLD):
     config.rl.steps = 0
     config.report.stages = ("sft",)
     # Its policy sees other frames in some arms.
     config.evaluation.arms += ("uniform", "single", "times")
+    if arm == UNIFORM_COLD:
+      config.scan.select = "uniform"
+      config.evaluation.arms = ("keyframes", "reversed")
     return config
 
   config.report.stages = ("rl",)
   config.report.probe_videos = 0  # the cold start's run has probed the data
-  frames, _, method = arm.partition("_")
+  frames, _, method = arm.replace("_own", "").partition("_")
   # Sixteen completions a prompt in every arm: T-GRPO's are 8 + 8, those of a
   # learned selection 8 for each of two selections.
   completions = 16
@@ -88,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   elif method == "placebo_prompt":
     config.contrast.placebo = "other_prompt"
   config.sampling.num_completions = completions
-  if arm in FURTHER_ARMS:
+  if arm in (*FURTHER_ARMS, UNIFORM_OWN):
     config.evaluation.arms = ("keyframes", "reversed")
   return config
 
@@ -96,21 +105,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def sweep(add) -> None:
   """Every arm of every seed after its cold start; then the further arms."""
 
-  def add_arms(seed, arms):
-    seeds = {"seed": seed, "data.seed": seed}
+  def add_arms(seed, cold, arms):
     for arm in arms:
       add(
         f"seed_{seed}/{arm}",
         arg=arm,
-        **seeds | {"sft.from_run": f"{{out}}/seed_{seed}/cold_start"},
+        **{"seed": seed, "data.seed": seed},
+        **{"sft.from_run": f"{{out}}/seed_{seed}/{cold}"},
       )
 
+  def add_cold(seed, cold):
+    add(f"seed_{seed}/{cold}", arg=cold, **{"seed": seed, "data.seed": seed})
+
   for seed in range(SEEDS):
-    add(
-      f"seed_{seed}/cold_start",
-      arg="cold_start",
-      **{"seed": seed, "data.seed": seed},
-    )
-    add_arms(seed, ARMS)
+    add_cold(seed, "cold_start")
+    add_arms(seed, "cold_start", ARMS)
   for seed in range(FURTHER_SEEDS):
-    add_arms(seed, FURTHER_ARMS)
+    add_arms(seed, "cold_start", FURTHER_ARMS)
+    add_cold(seed, UNIFORM_COLD)
+    add_arms(seed, UNIFORM_COLD, (UNIFORM_OWN,))

@@ -353,7 +353,13 @@ def test_terms_are_compared_on_the_same_seeds(tmp_path):
   ("module", "arms"),
   [
     (terms, (*terms.ARMS, *terms.CITED, "cited_cold_start")),
-    (contrasts_config, (*contrasts_config.ARMS, "cold_start")),
+    (
+      contrasts_config,
+      (
+        *(*contrasts_config.ARMS, *contrasts_config.FURTHER_ARMS),
+        *("cold_start", "uniform_cold_start", "uniform_own_grpo"),
+      ),
+    ),
     (shortcut, (*shortcut.ARMS, "cold_start")),
     (
       neighbours,

@@ -128,7 +128,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f" penalty grows, got {overlong.buffer}; make it 1 or more, or set"
       " config.reward.overlong.weight to 0"
     )
-  if config.sampling.num_completions > 1 or scorer.is_alone(config):
+  if config.sampling.num_completions != 1 or scorer.is_alone(config):
     return  # where the scorer is alone, selections are compared
   name = {"group": "advantage", "reinforce": "reinforce"}[config.rl.advantage]
   baseline, scale = config[name].baseline, config.advantage.scale

@@ -34,6 +34,8 @@ def test_a_recipe_runs_to_its_end(cache_dir, tmp_path, name, variant):
     max_steps=min(1, whole.sft.max_steps), eval_every=1, checkpoint_every=1
   )
   config.rl.update(steps=1, checkpoint_every=1)
+  config.evaluation.arms = ("keyframes",)
+  config.report.num_film_strips = 0
   if "tracking" in variant:
     config.tad.num_keyframes = whole.tad.num_keyframes  # one for each box
   train.run(config.lock(), tmp_path)
