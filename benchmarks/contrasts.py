@@ -177,6 +177,49 @@ def curve(folder: pathlib.Path, key: str) -> list[float]:
   return [row[key] for row in rows if row["stage"] == "rl" and key in row]
 
 
+def draw_smooth(
+  panel: matplotlib.axes.Axes,
+  curves: Mapping[str, Sequence[Sequence[float]]],
+  *,
+  window: int,
+  scale: float = 1,
+  alpha: float = 0.3,
+) -> None:
+  """Moving means over updates: each seed thin, the mean thick.
+
+  Args:
+    panel: where.
+    curves: arm -> one curve a seed, equally long.
+    window: updates of the moving mean.
+    scale: what values are multiplied by.
+    alpha: how much of a seed's line is seen.
+  """
+  kernel = np.ones(window) / window
+  for number, (arm, each) in enumerate(curves.items()):
+    smooth = [scale * np.convolve(one, kernel, "valid") for one in each]
+    update = np.arange(len(smooth[0])) + window
+    for line in smooth:
+      panel.plot(update, line, color=f"C{number}", alpha=alpha, linewidth=0.8)
+    panel.plot(update, np.mean(smooth, axis=0), color=f"C{number}", label=arm)
+  panel.set_xlabel("update")
+  panel.legend(fontsize=8)
+  panel.grid(alpha=0.3)
+
+
+def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
+  """Writes a figure, and closes it."""
+  figure.tight_layout()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def write_json(path: pathlib.Path, made: Mapping) -> None:
+  """Writes a result file that docs/results keeps."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(made, indent=1) + "\n")
+
+
 def draw_curves(
   curves: Mapping[str, Sequence[Sequence[float]]],
   path: pathlib.Path,
@@ -191,21 +234,9 @@ def draw_curves(
     window: updates of the moving mean.
   """
   figure, panel = plt.subplots(figsize=(7, 4))
-  kernel = np.ones(window) / window
-  for number, (arm, each) in enumerate(curves.items()):
-    smooth = [100 * np.convolve(one, kernel, "valid") for one in each]
-    update = np.arange(len(smooth[0])) + window
-    for line in smooth:
-      panel.plot(update, line, color=f"C{number}", alpha=0.2, linewidth=0.8)
-    panel.plot(update, np.mean(smooth, axis=0), color=f"C{number}", label=arm)
-  panel.set_xlabel("update")
+  draw_smooth(panel, curves, window=window, scale=100, alpha=0.2)
   panel.set_ylabel(f"right, % (mean of {window} updates)")
-  panel.legend(fontsize=8)
-  panel.grid(alpha=0.3)
-  figure.tight_layout()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  save(figure, path)
 
 
 def contrasts(
@@ -366,10 +397,7 @@ def draw(
     panel.set_xticks(range(len(VIEWS)), ["ordered", *VIEWS[1:]], rotation=30)
     panel.set_ylim(0, 100)
   panels[0][0].set_ylabel(f"{task}: right, %")
-  figure.tight_layout()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  save(figure, path)
 
 
 def main() -> None:
@@ -403,8 +431,7 @@ def main() -> None:
     print(habit_table(taken))
   if taken and len(whole) < 2:  # a pilot
     if args.out:
-      args.out.parent.mkdir(parents=True, exist_ok=True)
-      args.out.write_text(json.dumps({"habits": taken}, indent=1) + "\n")
+      write_json(args.out, {"habits": taken})
     return
   if len(whole) < 2:
     parser.error(
@@ -441,8 +468,7 @@ def main() -> None:
       made["cells"] = described
     if taken:
       made["habits"] = taken
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    write_json(args.out, made)
   if args.plots:
     draw(
       compared,

@@ -19,7 +19,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 from benchmarks import contrasts
 from configs import neighbours
@@ -86,23 +85,11 @@ def draw(
   figure, panels = plt.subplots(
     1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False
   )
-  kernel = np.ones(window) / window
   for panel, (system, arms) in zip(panels[0], curves.items(), strict=True):
-    for number, (arm, each) in enumerate(arms.items()):
-      smooth = [np.convolve(one, kernel, "valid") for one in each]
-      update = np.arange(len(smooth[0])) + window
-      for line in smooth:
-        panel.plot(update, line, color=f"C{number}", alpha=0.3, linewidth=0.8)
-      panel.plot(update, np.mean(smooth, axis=0), color=f"C{number}", label=arm)
+    contrasts.draw_smooth(panel, arms, window=window)
     panel.set_title(system)
-    panel.set_xlabel("update")
-    panel.legend(fontsize=8)
-    panel.grid(alpha=0.3)
   panels[0][0].set_ylabel(f"reward (mean of {window} updates)")
-  figure.tight_layout()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  contrasts.save(figure, path)
 
 
 def main() -> None:
@@ -133,8 +120,7 @@ def main() -> None:
     parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
   print(table(found))
   if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    contrasts.write_json(args.out, found)
   if args.plots and curves:
     draw(curves, args.plots / "neighbours_curves.png")
 

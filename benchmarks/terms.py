@@ -12,7 +12,6 @@ order of the frames.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -102,8 +101,7 @@ def main() -> None:
     parser.error(f"{args.runs} has no seed with all arms of configs/terms.py")
   print(table(found))
   if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    contrasts.write_json(args.out, found)
 
 
 if __name__ == "__main__":
