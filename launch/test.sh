@@ -22,4 +22,5 @@ if [[ $# -eq 0 && "${AUDIT:-1}" != 0 ]]; then
   if [[ $DRY == yes ]]; then dry=--dry-run; else dry=; fi
   bash "$ROOT/launch/audit.sh" $dry
 fi
-run "$VENV_PYTHON" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile "$@"
+run "$VENV_PYTHON" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile \
+  --no-loadscope-reorder "$@"

@@ -6,6 +6,7 @@ and xdist's workers, which inherit the environment, share them.
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -21,6 +22,8 @@ os.environ.setdefault(
   # One module for LLVM, not one for each of many threads that are not there.
   " --xla_cpu_parallel_codegen_split_count=1",
 )
+# Tracing makes objects by the million, and next to none of them is garbage.
+gc.set_threshold(200_000, 50, 100)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="cf_jax_xla_")
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)
@@ -40,6 +43,15 @@ from cf_jax.models import vlm
 from cf_jax.types import Prompt, View
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+  """Whole runs first: short files fill what is left of the last minute.
+
+  A file is one worker's; launch/test.sh keeps their order.
+  """
+  long = {"programs", "test_notebooks.py", "test_benchmarks.py"}
+  items.sort(key=lambda item: long.isdisjoint(item.path.parts))
 
 
 def load_config(path: str, arg: str | None = None) -> ml_collections.ConfigDict:

@@ -486,7 +486,7 @@ class _OnDev:
   def run(self, params: dict) -> dict[str, held_out.Judged]:
     """As `Evaluator.run`, under the keyframes view."""
     correct, score = self._measure(params)
-    return {"keyframes": held_out.Judged(correct, [], score)}
+    return {"keyframes": held_out.Judged(correct, [], score, {})}
 
 
 # ------------------------------------------------------------------ the stages

@@ -25,11 +25,14 @@ class Judged(NamedTuple):
     text: the n completions.
     score: float32[n] what the answer earns in the main component of its kind
       (accuracy, IoU, share of events): `correct` is this from a limit on.
+    component: name -> float32[n] of every component, NaN for samples that it
+      does not apply to.
   """
 
   correct: np.ndarray
   text: list[str]
   score: np.ndarray
+  component: dict[str, np.ndarray]
 
 
 class Evaluator:
@@ -114,7 +117,7 @@ class Evaluator:
       return self._answer_all(params, bar)
 
   def _answer_all(self, params, bar):
-    found = {arm: ([], []) for arm in self._arms}
+    found = {arm: [] for arm in self._arms}
     seed = self._experiment.put(
       self._experiment.own_rows(np.zeros((self._batch_size, 2), np.uint32))
     )
@@ -132,29 +135,46 @@ class Evaluator:
         text = experiment_lib.decode_rollout(
           self._experiment.tokenizer, rollout.token, rollout.mask
         )
-        scores, texts = found[arm]
         verdict = self._judge(prepared, rollout.token, rollout.mask)
         main = verdicts.main_score(verdict)[:real, 0]
-        told = zip(main.tolist(), (row[0] for row in text[:real]), strict=True)
-        for score, words in self._experiment.gather(told):
-          scores.append(np.float32(score))
-          texts.append(words)
+        parts = {
+          name: np.where(verdict.applies[name], value[:, 0], np.nan)
+          for name, value in verdict.component.items()
+        }
+        found[arm] += self._experiment.gather(
+          (
+            float(main[n]),
+            text[n][0],
+            {name: float(value[n]) for name, value in parts.items()},
+          )
+          for n in range(real)
+        )
       bar.advance(real)
       self._experiment.guard.progress()
-    return {
-      arm: Judged(
-        correct=np.asarray(
-          [
-            answers.is_right(score, sample.kind)
-            for score, sample in zip(scores, self._samples, strict=True)
-          ],
-          dtype=bool,
-        ),
-        text=texts,
-        score=np.asarray(scores, np.float32),
-      )
-      for arm, (scores, texts) in found.items()
-    }
+    return {arm: self._judged(*zip(*rows)) for arm, rows in found.items()}
+
+  def _judged(
+    self,
+    scores: Sequence[float],
+    texts: Sequence[str],
+    components: Sequence[dict[str, float]],
+  ) -> Judged:
+    """An arm's answers, from what was read of every sample."""
+    return Judged(
+      correct=np.asarray(
+        [
+          answers.is_right(score, sample.kind)
+          for score, sample in zip(scores, self._samples, strict=True)
+        ],
+        dtype=bool,
+      ),
+      text=list(texts),
+      score=np.asarray(scores, np.float32),
+      component={
+        name: np.asarray([row[name] for row in components], np.float32)
+        for name in components[0]
+      },
+    )
 
   def hit_rates(self) -> dict[str, float]:
     """Share of the annotated intervals that got a frame, by kind of frames.
@@ -253,9 +273,10 @@ class Evaluator:
   def rows(self, judged: dict[str, Judged], stage: str) -> list[dict]:
     """Rows of `results.json`: stage, view, task, accuracy and interval.
 
-    `score` is the mean score: of intervals and boxes the mean IoU, of which
-    `recall` is the share from 0.3, 0.5 and 0.7 on. Regressions have `mra`, the
-    mean relative accuracy.
+    `score` is the mean score, `component` that of every component (accuracy,
+    iou, format, ...) among the samples that it applies to. Of intervals, boxes
+    and the times that grounded answers give, `recall` is the share of IoUs from
+    0.3, 0.5 and 0.7 on. Regressions have `mra`, the mean relative accuracy.
     """
     tasks = [sample.task for sample in self._samples]
     return [
@@ -274,10 +295,16 @@ class Evaluator:
     ]
     kinds = {self._samples[n].kind for n in mine}
     made = {"score": float(np.mean(answered.score[mine]))}
-    if kinds <= {"interval", "tracking"}:
+    parts = {name: v[mine] for name, v in answered.component.items()}
+    made["component"] = {
+      name: float(np.nanmean(value))
+      for name, value in parts.items()
+      if not np.isnan(value).all()
+    }
+    iou = parts.get("iou")
+    if iou is not None and not np.isnan(iou).any():
       made["recall"] = {
-        str(limit): float(np.mean(answered.score[mine] >= limit))
-        for limit in (0.3, 0.5, 0.7)
+        str(limit): float(np.mean(iou >= limit)) for limit in (0.3, 0.5, 0.7)
       }
     if kinds == {"regression"}:
       made["mra"] = float(

@@ -100,7 +100,14 @@ def test_rows(experiment):
   ]
   judge = _evaluator(experiment, samples, 2)
   judged = held_out.Judged(
-    np.array([True, True, False]), ["x"] * 3, np.array([1, 1, 0])
+    np.array([True, True, False]),
+    ["x"] * 3,
+    np.array([1, 1, 0]),
+    {
+      "format": np.array([1, 1, 1]),
+      "iou": np.array([0.4, np.nan, 0.8]),
+      "caption": np.full(3, np.nan),
+    },
   )
   rows = judge.rows({"blind": judged}, "sft")
   assert [(r["task"], r["accuracy"], r["count"]) for r in rows] == [
@@ -119,7 +126,14 @@ def test_rows(experiment):
       "low",
       "high",
       "score",
-    }
+      "component",
+    } | ({"recall"} if row["task"] == "order" else set())
+  assert [row["component"] for row in rows] == [
+    {"format": 1.0},
+    {"format": 1.0, "iou": pytest.approx(0.6)},
+    {"format": 1.0, "iou": pytest.approx(0.6)},
+  ]
+  assert rows[1]["recall"] == {"0.3": 1.0, "0.5": 0.5, "0.7": 0.5}
 
 
 def test_probes_are_off_at_zero(experiment):
