@@ -95,7 +95,7 @@ def _show_boundaries(config: ml_collections.ConfigDict) -> None:
   config.tad.update(num_keyframes=10, shown="first")
   config.prompt.frames_per_slice = 1
   config.prompt.build.time_format = "{:.1f}s"
-  config.prompt.max_tokens = 144
+  config.prompt.max_tokens = 160
 
 
 def sweep(add) -> None:
