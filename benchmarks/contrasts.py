@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks import peers
 from cf_jax.evals import paired
 
 # Contrast -> arm, and the arms whose mean it is compared with.
@@ -157,17 +158,14 @@ def mean_sd(values: Sequence[float], digits: int = 1) -> str:
 
 def describe(found: Mapping[str, Mapping[str, float]]) -> str:
   """Markdown of `cells`, %: mean, and how far seeds lie apart (ddof 1)."""
-  lines = [
-    "| frames | " + " | ".join(METHODS) + " |",
-    "|---|" + "---|" * len(METHODS),
-  ]
+  rows = []
   for frames in FRAMES:
-    shown = []
+    row = [frames]
     for method in METHODS:
       each = [100 * v for v in found.get(f"{frames} {method}", {}).values()]
-      shown.append(f"{mean_sd(each)}, n={len(each)}" if each else "")
-    lines.append(f"| {frames} | " + " | ".join(shown) + " |")
-  return "\n".join(lines) + "\n"
+      row.append(f"{mean_sd(each)}, n={len(each)}" if each else "")
+    rows.append(row)
+  return peers.table(["frames", *METHODS], rows)
 
 
 def curve(folder: pathlib.Path, key: str) -> list[float]:
@@ -264,17 +262,25 @@ def contrasts(
 
 def table(found: Mapping[str, Mapping]) -> str:
   """Markdown of `contrasts`, in points."""
-  lines = [
-    "| contrast | difference, points | 95 % interval | p (Holm) | each seed |",
-    "|---|---|---|---|---|",
-  ]
-  for name, row in found.items():
-    each = ", ".join(f"{100 * value:.1f}" for value in row["each"])
-    lines.append(
-      f"| {name} | {100 * row['mean']:.1f} | {100 * row['low']:.1f} to"
-      f" {100 * row['high']:.1f} | {row['p_holm']:.3g} | {each} |"
-    )
-  return "\n".join(lines) + "\n"
+  return peers.table(
+    [
+      "contrast",
+      "difference, points",
+      "95 % interval",
+      "p (Holm)",
+      "each seed",
+    ],
+    [
+      [
+        name,
+        f"{100 * row['mean']:.1f}",
+        f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+        f"{row['p_holm']:.3g}",
+        ", ".join(f"{100 * value:.1f}" for value in row["each"]),
+      ]
+      for name, row in found.items()
+    ],
+  )
 
 
 def views_table(views: Mapping[str, Mapping], task: str) -> str:
@@ -284,17 +290,15 @@ def views_table(views: Mapping[str, Mapping], task: str) -> str:
     views: arm -> "view task" -> accuracies; arms without the task are left out.
     task: which one.
   """
-  lines = ["| " + " | ".join((task, "ordered", *VIEWS[1:])) + " |"]
-  lines.append("|---|" + "---|" * len(VIEWS))
-  for arm, found in views.items():
-    if f"{VIEWS[0]} {task}" not in found:
-      continue
-    cells = [
-      mean_sd([100 * value for value in found[f"{view} {task}"]])
-      for view in VIEWS
-    ]
-    lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-  return "\n".join(lines) + "\n"
+  return peers.table(
+    [task, "ordered", *VIEWS[1:]],
+    [
+      [arm]
+      + [mean_sd([100 * v for v in seen[f"{view} {task}"]]) for view in VIEWS]
+      for arm, seen in views.items()
+      if f"{VIEWS[0]} {task}" in seen
+    ],
+  )
 
 
 def bonuses(folder: pathlib.Path) -> dict[str, float]:
@@ -328,12 +332,13 @@ def bonuses(folder: pathlib.Path) -> dict[str, float]:
 def bonus_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   """Markdown of `bonuses`: arm -> one a seed; mean and spread (ddof 1)."""
   names = ("mean", "within", "between", "texts")
-  lines = ["| bonus of right rollouts | " + " | ".join(names) + " |"]
-  lines.append("|---|" + "---|" * len(names))
-  for arm, seeds in found.items():
-    cells = [mean_sd([seed[name] for seed in seeds], 3) for name in names]
-    lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-  return "\n".join(lines) + "\n"
+  return peers.table(
+    ["bonus of right rollouts", *names],
+    [
+      [arm] + [mean_sd([seed[name] for seed in seeds], 3) for name in names]
+      for arm, seeds in found.items()
+    ],
+  )
 
 
 def habits(folder: pathlib.Path, text: str) -> dict[str, float]:
@@ -370,11 +375,13 @@ def habits(folder: pathlib.Path, text: str) -> dict[str, float]:
 def habit_table(found: Mapping[str, Mapping[str, float]]) -> str:
   """Markdown of `habits`, %: run -> shares."""
   names = list(next(iter(found.values())))
-  lines = ["| run | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-  for run, shares in found.items():
-    cells = " | ".join(f"{100 * shares[name]:.1f}" for name in names)
-    lines.append(f"| {run} | {cells} |")
-  return "\n".join(lines) + "\n"
+  return peers.table(
+    ["run", *names],
+    [
+      [run] + [f"{100 * shares[name]:.1f}" for name in names]
+      for run, shares in found.items()
+    ],
+  )
 
 
 def draw(
@@ -400,26 +407,94 @@ def draw(
   save(figure, path)
 
 
+def read_seeds(runs: pathlib.Path) -> dict[str, dict[str, Run]]:
+  """Seed -> arm -> Run, of all that is finished."""
+  return {
+    folder.name: {
+      run.parent.name: read(run.parent)
+      for run in sorted(folder.glob("*/results.json"))
+    }
+    for folder in sorted(runs.glob("seed_*"))
+  }
+
+
+def summary(study: Study, runs: pathlib.Path, whole: Sequence[str]) -> dict:
+  """What the whole seeds and, for the cells, all seeds say.
+
+  Args:
+    study: what is compared.
+    runs: folder of the seeds.
+    whole: names of the seeds with all arms of the study, two or more.
+
+  Returns:
+    seeds, contrasts (`contrasts`), views (arm -> "view task" -> accuracies),
+    bonuses (arm -> `bonuses` of each seed, where there are any) and cells
+    (`cells`, where there are any).
+  """
+  seeds = read_seeds(runs)
+  compared = [seeds[name] for name in whole]
+  bonus = {
+    arm: [bonuses(runs / name / arm) for name in whole] for arm in study.arms
+  }
+  made = {
+    "seeds": list(whole),
+    "contrasts": contrasts(compared, study.contrasts),
+    "views": {
+      arm: {
+        f"{view} {task}": [run[arm][view, task] for run in compared]
+        for view, task in compared[0][arm]
+      }
+      for arm in ("cold_start", *study.arms)
+      if arm in compared[0]
+    },
+    "bonuses": {
+      arm: each for arm, each in bonus.items() if any(x["mean"] for x in each)
+    },
+  }
+  if described := cells(seeds):
+    made["cells"] = described
+  return made
+
+
+def write_figures(
+  study: Study,
+  runs: pathlib.Path,
+  whole: Sequence[str],
+  plots: pathlib.Path,
+  name: str,
+) -> None:
+  """NAME_order.png and NAME_curves.png; arguments as of `summary`."""
+  seeds = read_seeds(runs)
+  draw(
+    [seeds[seed] for seed in whole],
+    plots / f"{name}_order.png",
+    task=study.task,
+    shown=study.shown,
+  )
+  draw_curves(
+    {
+      arm: [curve(runs / seed / arm, "reward/correct") for seed in whole]
+      for arm in study.arms
+    },
+    plots / f"{name}_curves.png",
+  )
+
+
 def main() -> None:
-  """Prints the table; writes JSON and the figure where asked."""
+  """Prints the tables; writes JSON and the figures where asked."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--runs", type=pathlib.Path, required=True)
   parser.add_argument("--study", choices=STUDIES, default="contrasts")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
   args = parser.parse_args()
-  study = STUDIES[args.study]
-  seeds, whole = {}, []
-  for folder in sorted(args.runs.glob("seed_*")):
-    seeds[folder.name] = {
-      run.parent.name: read(run.parent)
-      for run in sorted(folder.glob("*/results.json"))
-    }
-    missing = [arm for arm in study.arms if arm not in seeds[folder.name]]
+  study, whole, made = STUDIES[args.study], [], {}
+  for name, arms in read_seeds(args.runs).items():
+    missing = [arm for arm in study.arms if arm not in arms]
     if missing:
-      print(f"{folder.name} is left out: no results of {', '.join(missing)}")
+      print(f"{name} is left out: no results of {', '.join(missing)}")
     else:
-      whole.append(folder.name)
+      whole.append(name)
   taken = {
     f"{path.parent.parent.name}/{path.parent.name}": habits(
       path.parent, study.short_cut
@@ -427,60 +502,24 @@ def main() -> None:
     for path in sorted(args.runs.glob("seed_*/*/predictions.jsonl"))
     if study.short_cut
   }
-  if taken:
-    print(habit_table(taken))
-  if taken and len(whole) < 2:  # a pilot
-    if args.out:
-      write_json(args.out, {"habits": taken})
-    return
-  if len(whole) < 2:
+  if len(whole) < 2 and not taken:
     parser.error(
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
-  compared = [seeds[name] for name in whole]
-  found, described = contrasts(compared, study.contrasts), cells(seeds)
-  print(table(found))
-  if described:
-    print(describe(described))
-  arms = [arm for arm in ("cold_start", *study.arms) if arm in compared[0]]
-  views = {
-    arm: {
-      f"{view} {task}": [run[arm][view, task] for run in compared]
-      for view, task in compared[0][arm]
-    }
-    for arm in arms
-  }
-  print(views_table(views, study.task))
-  spreads = {
-    arm: [bonuses(args.runs / name / arm) for name in whole]
-    for arm in study.arms
-  }
-  spreads = {arm: s for arm, s in spreads.items() if any(x["mean"] for x in s)}
-  print(bonus_table(spreads))
+  if len(whole) >= 2:  # else a pilot
+    made = summary(study, args.runs, whole)
+    print(table(made["contrasts"]), end="\n\n")
+    if "cells" in made:
+      print(describe(made["cells"]), end="\n\n")
+    print(views_table(made["views"], study.task), end="\n\n")
+    print(bonus_table(made["bonuses"]))
+    if args.plots:
+      write_figures(study, args.runs, whole, args.plots, args.study)
+  if taken:
+    print(habit_table(taken))
+    made["habits"] = taken
   if args.out:
-    made = {
-      "seeds": whole,
-      "contrasts": found,
-      "views": views,
-      "bonuses": spreads,
-    }
-    if described:
-      made["cells"] = described
-    if taken:
-      made["habits"] = taken
     write_json(args.out, made)
-  if args.plots:
-    draw(
-      compared,
-      args.plots / f"{args.study}_order.png",
-      task=study.task,
-      shown=study.shown,
-    )
-    curves = {
-      arm: [curve(args.runs / name / arm, "reward/correct") for name in whole]
-      for arm in study.arms
-    }
-    draw_curves(curves, args.plots / f"{args.study}_curves.png")
 
 
 if __name__ == "__main__":

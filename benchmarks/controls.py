@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from benchmarks import contrasts
+from benchmarks import contrasts, peers
 
 SELECTORS = (
   "tad",
@@ -75,14 +75,14 @@ def evaluate(
 
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   """Markdown: selector -> task -> accuracy, one a seed; mean, sd (ddof 1)."""
-  lines = ["| frames | " + " | ".join(TASKS) + " |"]
-  lines.append("|---|" + "---|" * len(TASKS))
-  for select, seeds in found.items():
-    cells = [
-      contrasts.mean_sd([100 * seed[task] for seed in seeds]) for task in TASKS
-    ]
-    lines.append(f"| {select} | " + " | ".join(cells) + " |")
-  return "\n".join(lines) + "\n"
+  return peers.table(
+    ["frames", *TASKS],
+    [
+      [select]
+      + [contrasts.mean_sd([100 * seed[t] for seed in seeds]) for t in TASKS]
+      for select, seeds in found.items()
+    ],
+  )
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
       found[select].append(evaluate(policy, select, workdir, count=args.count))
   print(f"{args.arm}, {len(runs)} seeds, {args.count} videos a task\n")
   print(table(found))
-  (args.out / f"{args.arm}.json").write_text(json.dumps(found, indent=1) + "\n")
+  contrasts.write_json(args.out / f"{args.arm}.json", found)
 
 
 if __name__ == "__main__":

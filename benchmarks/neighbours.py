@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import contrasts
+from benchmarks import contrasts, peers
 from configs import neighbours
 
 LIMITS = ("0.3", "0.5", "0.7")
@@ -55,18 +55,15 @@ def table(found: Mapping[str, Sequence[Run]]) -> str:
   Args:
     found: arm -> one Run a seed.
   """
-  lines = ["| arm | seeds | task | " + " | ".join(COLUMNS) + " |"]
-  lines.append("|---|---|---|" + "---|" * len(COLUMNS))
+  rows = []
   for arm, seeds in found.items():
     for task in seeds[0]:
-      cells = [
-        contrasts.mean_sd(
-          [100 * seed[task][name] for seed in seeds if name in seed[task]]
-        )
+      each = [
+        [100 * seed[task][name] for seed in seeds if name in seed[task]]
         for name in COLUMNS
       ]
-      lines.append(f"| {arm} | {len(seeds)} | {task} | {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+      rows.append([arm, len(seeds), task, *map(contrasts.mean_sd, each)])
+  return peers.table(["arm", "seeds", "task", *COLUMNS], rows)
 
 
 def draw(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks import contrasts
+from benchmarks import contrasts, peers
 from configs import terms
 
 # Column -> metric of training, its mean over the last updates.
@@ -70,17 +70,14 @@ def columns(folder: pathlib.Path) -> dict[str, float]:
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   """Markdown: arm -> one `columns` a seed; mean and spread (ddof 1)."""
   names = [*HELD_OUT, *WATCHED]
-  lines = [
-    "| arm | seeds | " + " | ".join(names) + " |",
-    "|---|---|" + "---|" * len(names),
-  ]
+  rows = []
   for arm, seeds in found.items():
-    shown = []
+    row = [arm, len(seeds)]
     for name in names:
       each = [seed[name] for seed in seeds if name in seed]
-      shown.append(contrasts.mean_sd(each, 1 if name in HELD_OUT else 2))
-    lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(shown) + " |")
-  return "\n".join(lines) + "\n"
+      row.append(contrasts.mean_sd(each, 1 if name in HELD_OUT else 2))
+    rows.append(row)
+  return peers.table(["arm", "seeds", *names], rows)
 
 
 def main() -> None:

@@ -22,8 +22,6 @@ os.environ.setdefault(
   # One module for LLVM, not one for each of many threads that are not there.
   " --xla_cpu_parallel_codegen_split_count=1",
 )
-# Tracing makes objects by the million, and next to none of them is garbage.
-gc.set_threshold(200_000, 50, 100)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="cf_jax_xla_")
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)
@@ -41,6 +39,9 @@ from ml_collections import config_flags
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.types import Prompt, View
+
+# Tracing makes objects by the million, and next to none of them is garbage.
+gc.set_threshold(200_000, 50, 100)
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -296,7 +296,8 @@ def test_tests_run_after_lint(machine):
   assert lines == [
     "ran: -m ruff check .",
     "ran: -m ruff format --check .",
-    "ran: -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder tests/test_a.py -k x",
+    "ran: -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder"
+    " tests/test_a.py -k x",
   ]
 
 
@@ -687,7 +688,11 @@ def test_one_host_needs_no_shared_workdir():
   [
     ("run.sh", ["--config=x.py", "--dry-run"], "-m cf_jax.main --config=x.py"),
     ("test.sh", ["--dry-run"], "+ pip-audit -r requirements.lock"),
-    ("test.sh", ["tests/x.py", "--dry-run"], "--no-loadscope-reorder tests/x.py"),
+    (
+      "test.sh",
+      ["tests/x.py", "--dry-run"],
+      "loadscope-reorder tests/x.py",
+    ),
     ("audit.sh", ["--dry-run"], "+ detect-secrets-hook"),
     ("slurm.sh", ["--config=x.py", "--dry-run"], "+ sbatch --nodes=1"),
     ("local_pod.sh", ["2", "--config=x.py", "--dry-run"], "JAX_PROCESS_ID=1"),
