@@ -201,6 +201,46 @@ def make_selector(
   return choose
 
 
+def thin_scan(
+  mask: np.ndarray,
+  time_s: np.ndarray,
+  fps: float,
+  *,
+  most: int,
+  multiple: int = 1,
+) -> np.ndarray:
+  """The scanned frames that uniform frames at `fps` are taken from.
+
+  Of a video that is shown whole nothing is left out. How long a video is, its
+  scanned frames say: exactly where all were scanned, else to a frame.
+
+  Args:
+    mask: bool[B, T] real scanned frames.
+    time_s: float[B, T] their seconds.
+    fps: frames a second; 0 keeps all.
+    most: K, and the following, as of `frame_size.num_shown`.
+
+  Returns:
+    bool[B, T] as many of the real frames, at equal distances, as are shown, or
+    all where that is K.
+  """
+  if not fps:
+    return mask
+  thin = mask.copy()
+  for row, seconds in zip(thin, time_s, strict=True):
+    real = np.flatnonzero(row)
+    if len(real) < 2:
+      continue
+    span_s = float(seconds[real[-1]] - seconds[real[0]])
+    count = frame_size.num_shown(
+      span_s * len(real) / (len(real) - 1), fps, most=most, multiple=multiple
+    )
+    if count < most:
+      row[:] = False
+      row[real[frame_size.spread(len(real), count)]] = True
+  return thin
+
+
 def frames_of_boxes(
   samples: Sequence[records.Sample],
   mask: np.ndarray,
@@ -265,6 +305,7 @@ class ViewMaker:
     num_keyframes: K.
     number_frames: draws its number on each frame, keyframes and uniform frames
       counted from 0.
+    fps: frames a second that are shown at most, see `thin_scan`; 0: always K.
     num_shuffles: M permutations for the shuffled arm.
     seed: seeds the permutations, with the sample's number and the epoch.
   """
@@ -283,6 +324,7 @@ class ViewMaker:
     seed: int,
     frames_per_slice: int = 1,
     number_frames: bool = False,
+    fps: float = 0.0,
     templates: Mapping[str, str] | None = None,
   ):
     self._templates = dict(templates or {})
@@ -317,6 +359,7 @@ class ViewMaker:
       )
     self._frames_per_slice = frames_per_slice
     self._number_frames = number_frames
+    self._fps, self._num_keyframes = fps, num_keyframes
     self._num_slots = num_keyframes // frames_per_slice
     self._num_shuffles = num_shuffles
     self._seed = seed
@@ -533,7 +576,14 @@ class ViewMaker:
   def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):
       with jax.profiler.TraceAnnotation("tad"):
-        scored = jax.device_get(self._select(batch.scan, batch.scan_mask))
+        mask = thin_scan(
+          batch.scan_mask,
+          batch.scan_time_s,
+          self._fps,
+          most=self._num_keyframes,
+          multiple=self._frames_per_slice,
+        )
+        scored = jax.device_get(self._select(batch.scan, mask))
       while self._memory and len(self._memory) + len(keys) > _REMEMBERED_VIDEOS:
         self._memory.pop(next(iter(self._memory)))  # the oldest
       for row, key in enumerate(keys):

@@ -53,6 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # training's selector chooses them. "scanned": all frames that are scanned,
     # for a selector that learns or draws.
     frames="shown",
+    # The training's: with data.fps, whole slices are shown.
+    frames_per_slice=train.prompt.frames_per_slice,
     batch_size=8,  # videos at a time
   )
   return config

@@ -101,7 +101,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.selector = ""
   config.num_keyframes = config_dict.placeholder(int)  # K; None: 16
   # Of a video of d seconds at most ceil(d * fps) frames are shown, and K at
-  # most; None always shows K (all frames of a shorter video).
+  # most; None always shows K (all frames of a shorter video). Of a run that
+  # shows uniform frames, None is its data.fps, where num_keyframes is None too.
   config.fps = config_dict.placeholder(float)
   config.scan = dict(
     num_frames=config_dict.placeholder(int),  # T, frames looked at; None: 256

@@ -49,6 +49,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # True: a manifest may name files outside its own folder.
     allow_outside=False,
     max_skip_fraction=0.01,  # share of unreadable videos that stops a run
+    # With scan.select="uniform": of a video of d seconds at most ceil(d * fps)
+    # frames are shown, and K at most; 0 always shows K.
+    fps=0.0,
   )
   # With source="dataset:NAME=ROOT,NAME=ROOT" (docs/datasets.md): which part of
   # the public datasets in these folders is read.

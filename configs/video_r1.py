@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.data.reader.size_px = (252, 392)  # 126 tokens, of at most 128
   config.tad.num_keyframes = 16  # 8 slices
+  config.data.fps = 2.0
   config.prompt.max_tokens = 4096  # 16384 there; a longer one is an error
   if variant != "zero":
     config.sft.update(

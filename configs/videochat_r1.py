@@ -71,6 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # 16 slices of 220 tokens, of at most 3584 together.
   config.data.reader.size_px = (308, 560)
   config.tad.num_keyframes = 8 if variant == "tracking" else 32
+  config.data.fps = 0.0 if variant == "tracking" else 2.0
   config.prompt.max_tokens = 8192
   config.rl.update(steps=2000, prompts_per_step=8, checkpoint_every=50)
   config.sampling.update(num_completions=8, max_tokens=1024)

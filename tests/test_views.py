@@ -233,6 +233,57 @@ def test_fewer_frames_than_slots(experiment, short):
   assert np.all(np.isfinite(experiment.make_views.patches(short.frames)))
 
 
+def test_thin_scan():
+  mask = np.arange(64) < np.array([64, 16, 1, 0])[:, None]
+  time_s = np.where(mask, np.arange(64) / 8, 0.0).astype(np.float32)
+
+  def kept(fps, **how):
+    thin = views.thin_scan(mask, time_s, fps, most=8, **how)
+    return [np.flatnonzero(row).tolist() for row in thin]
+
+  # Eight seconds and two, by hand; one frame has no length to be thinned by.
+  assert kept(0.5) == [[8, 24, 40, 56], [8], [0], []]
+  assert kept(0.45) == [[8, 24, 40, 56], [8], [0], []]
+  assert kept(0.75) == [[5, 16, 26, 37, 48, 58], [4, 12], [0], []]
+  assert kept(0.6, multiple=2)[0] == [5, 16, 26, 37, 48, 58]
+  assert kept(1.0)[0] == kept(0.0)[0] == list(range(64))  # K are shown
+
+
+def test_frames_a_second(cache_dir, tmp_path, batch):
+  """Every other slot is empty; the frames are those of a K that is smaller."""
+  config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
+  config.scan.select = "uniform"
+  config.data.fps = 0.25  # of eight seconds
+  thin = experiment_lib.build(config, tmp_path)
+  found = thin.make_views(batch, ("keyframes", "uniform"))
+  assert found.frame_mask.tolist() == [[True, True, False, False] * 2] * 4
+  np.testing.assert_array_equal(found.keyframe_time_s[:, :2], [[2.0, 6.0]] * 4)
+  assert np.all(found.view["keyframes"].prompt.visual.max(axis=1) == 3)
+  config.data.fps = 0.0
+  config.tad.num_keyframes = 2
+  two = experiment_lib.build(config, tmp_path)
+  expected = two.make_views(batch, ("keyframes",))
+  for name in ("token", "mask", "position"):
+    np.testing.assert_array_equal(
+      getattr(found.view["keyframes"].prompt, name),
+      getattr(expected.view["keyframes"].prompt, name),
+    )
+  np.testing.assert_array_equal(found.frames[:, :2], expected.frames[:, :2])
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"data.fps": 2.0}, "config.data.fps=2 thins .* config.scan.select='tad'"),
+    ({"data.fps": -1.0}, "config.data.fps must be 0 or above, got -1.0"),
+  ],
+)
+def test_frames_a_second_that_do_not_fit(tiny_config, tmp_path, changes, said):
+  tiny_config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=said):
+    experiment_lib.build(tiny_config, tmp_path)
+
+
 def test_unknown_arm(experiment, batch):
   with pytest.raises(ValueError, match=r"unknown arms \['shufled'\].*shuffled"):
     experiment.make_views(batch, ("keyframes", "shufled"))

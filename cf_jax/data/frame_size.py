@@ -26,6 +26,22 @@ def spread(count: int, num: int) -> np.ndarray:
   return (2 * np.arange(num) + 1) * count // (2 * num)
 
 
+def num_shown(
+  duration_s: float, fps: float, *, most: int, multiple: int = 1
+) -> int:
+  """Frames of a video at `fps`: ceil(duration fps), a multiple, `most` at most.
+
+  Args:
+    duration_s: of the video or clip.
+    fps: frames a second.
+    most: K, a multiple itself.
+    multiple: frames that share a slice.
+  """
+  # Seconds that were computed from frames may lie a hair above their number.
+  wanted = max(1, math.ceil(duration_s * fps - 1e-6))
+  return min(-(-wanted // multiple) * multiple, most)
+
+
 def spread_within(
   time_s: np.ndarray, intervals: Sequence[tuple[float, float]], num: int
 ) -> np.ndarray:

@@ -82,9 +82,12 @@ class Planner:
     config = self._config
     if config.fps is None:
       return config.num_keyframes
-    each = config.prompt.frames_per_slice
-    wanted = max(1, math.ceil(info.duration_s * config.fps))
-    return min(-(-wanted // each) * each, config.num_keyframes)
+    return frame_size.num_shown(
+      info.duration_s,
+      config.fps,
+      most=config.num_keyframes,
+      multiple=config.prompt.frames_per_slice,
+    )
 
   def size_px(self, info: video.VideoInfo, count: int) -> tuple[int, int]:
     """(height, width) of `count` frames of a video."""

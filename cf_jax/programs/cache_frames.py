@@ -56,6 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
       cache has.
   """
   check(config)
+  experiment_lib.check_fps(config.data.fps, config.scan.select)
   workdir.mkdir(parents=True, exist_ok=True)
   samples = experiment_lib.samples_of(config)
   wanted = {}
@@ -148,7 +149,14 @@ def _fill(
     )
     mask = batch.scan_mask
   else:
-    keyframes, uniform = jax.device_get(choose(batch.scan, batch.scan_mask))
+    thin = views.thin_scan(
+      batch.scan_mask,
+      batch.scan_time_s,
+      config.data.fps,
+      most=config.tad.num_keyframes,
+      multiple=config.fill.frames_per_slice,
+    )
+    keyframes, uniform = jax.device_get(choose(batch.scan, thin))
     scanned = np.concatenate([keyframes.index, uniform], axis=1)
     mask = np.concatenate(
       [keyframes.mask, uniform < settings.scan_frames], axis=1

@@ -108,6 +108,8 @@ def settle(
     # Programs that only ask have no such section.
     learns = run.get("selector", {}).get("learn", False)
     fill(config, select=choosing.LEARNED if learns else run["scan"]["select"])
+    if config.select == "uniform" and config.num_keyframes is None:
+      fill(config, fps=run["data"].get("fps") or None)
     if config.select != choosing.VIARL:
       fill(config, num_keyframes=run["tad"]["num_keyframes"])
     fill(config, resize=run["data"]["reader"].get("resize"))

@@ -282,6 +282,7 @@ def build(
     described = policies.make_model(config, tokenizer), tokenizer
   model, tokenizer = described
   check_prompt(config, model)
+  check_fps(config.data.fps, config.scan.select)
   if mesh.size > 1:
     check_mesh(config, model, mesh)
     model = dataclasses.replace(model, mesh=mesh)
@@ -321,6 +322,7 @@ def build(
     seed=config.seed,
     frames_per_slice=config.prompt.frames_per_slice,
     number_frames=config.prompt.number_frames,
+    fps=config.data.fps,
   )
   return Experiment(
     config=config,
@@ -413,6 +415,17 @@ def check_prompt(
     raise ValueError(
       f"config.prompt.build.tokens_per_second is {said}, the model counts"
       f" {model.vision.tokens_per_second} positions a second; set them equal"
+    )
+
+
+def check_fps(fps: float, select: str) -> None:
+  """Raises a ValueError where frames a second cannot be kept to."""
+  if not 0 <= fps < math.inf:
+    raise ValueError(f"config.data.fps must be 0 or above, got {fps}")
+  if fps and select != "uniform":
+    raise ValueError(
+      f"config.data.fps={fps:g} thins uniform frames out, got"
+      f" config.scan.select={select!r}; set one of them to 0 or 'uniform'"
     )
 
 

@@ -78,6 +78,29 @@ def test_then_nothing_is_decoded(config, tmp_path, frames):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_frames_a_second(config, tmp_path):
+  """What is kept is what the training shows, which then decodes nothing."""
+  config.scan.select = "uniform"
+  config.data.fps = 0.25
+  told = cache_frames.run(config, tmp_path / "run")
+  assert told["skipped"] == 0
+  train = shrink(
+    load_config("configs/kfgrpo_cpu.py", "smoke"), config.data.cache_dir
+  )
+  train.scan.select, train.data.fps = "uniform", 0.25
+  train.data.frame_cache = dict(config.data.frame_cache) | {"mode": "only"}
+  made = experiment_lib.build(train, tmp_path / "train")
+  batch = pipeline.collate(
+    made.samples["test"][:4],
+    np.arange(4),
+    scan_frames=config.data.loader.scan_frames,
+    scan_size_px=config.data.loader.scan_size_px,
+    decoder=made.decoder,
+  )
+  shown = made.make_views(batch, ("keyframes", "uniform"))
+  assert shown.frame_mask.sum() == 4 * 2 * 2
+
+
 def test_a_cache_that_is_too_small(config, tmp_path):
   config.fill.frames = "scanned"
   config.data.frame_cache.max_gib = 2**-13  # 128 KiB

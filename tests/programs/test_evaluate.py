@@ -455,6 +455,25 @@ def test_the_published_wording_of_videomme(open_config, directory, tmp_path):
   assert said not in wording(with_subtitles, np.array([9.0]))
 
 
+@pytest.mark.parametrize(
+  ("changes", "fps", "count"),
+  [
+    ({}, 2.0, 16),
+    ({"fps": 1.0}, 1.0, 16),
+    ({"num_keyframes": 64}, None, 64),
+    ({"select": "tad"}, None, 16),
+  ],
+)
+def test_frames_a_second_of_a_run(
+  open_config, tmp_path, monkeypatch, changes, fps, count
+):
+  trained = load_config("configs/video_r1.py").to_dict()
+  monkeypatch.setattr(questions, "run_config", lambda config: trained)
+  open_config.update(dict(policy=str(tmp_path), select=None) | changes)
+  config = eval_settings.settle(open_config, model_config.qwen2_5_vl_7b())
+  assert (config.fps, config.num_keyframes) == (fps, count)
+
+
 def test_frames_of_videos(open_config, directory):
   """How many a second, and of which size."""
   open_config.update(policy=str(directory), num_keyframes=8, fps=0.5)
