@@ -6,7 +6,7 @@
 The first arms go on from the cold starts of configs/contrasts.py (in the same
 folder they are shared), on TAD's keyframes, with as many updates and
 completions. Those named cited_ ask for times in the reasoning, which saliency
-judges, and have a cold start of their own.
+judges, and have a cold start of their own; their contrast is over the text.
 
   tad_grpo, tad_kfgrpo              no term, the method: as in contrasts.py
   tad_temporal, tad_content         one of the two contrasts alone
@@ -66,6 +66,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.sampling.max_tokens = 40  # reasoning, answer and intervals
     if not cold:
       config.contrast.saliency = term
+      # After a worded reasoning the answer's tokens have no contrast that
+      # saliency could multiply.
+      config.contrast.span = "text"
   elif term in ("temporal", "content"):
     off = {"temporal": "alpha_c", "content": "alpha_t"}[term]
     config.contrast.rollout[off] = 0.0
