@@ -5,8 +5,8 @@
     --out=docs/results/neighbours.json
 
 Descriptive: few seeds, no test. A row is a run's last policy on the held-out
-videos of one task: right answers, mean score (of intervals the mean IoU), the
-share of IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
+videos of one task: right answers, mean IoU of the times it gives, the share of
+IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
 annotated events that got a frame. Reads the runs that are there.
 """
 
@@ -24,7 +24,7 @@ from benchmarks import contrasts, peers
 from configs import neighbours
 
 LIMITS = ("0.3", "0.5", "0.7")
-COLUMNS = ("right", "score", *(f"from {limit}" for limit in LIMITS), "hits")
+COLUMNS = ("right", "IoU", *(f"from {limit}" for limit in LIMITS), "hits")
 
 # task -> column -> value, of one run
 Run = Mapping[str, Mapping[str, float]]
@@ -39,7 +39,9 @@ def read(folder: pathlib.Path) -> Run:
   for row in results["evaluations"]:
     if (row["stage"], row["view"]) != (last, "keyframes"):
       continue
-    found = {"right": row["accuracy"], "score": row["score"]}
+    found = {"right": row["accuracy"]}
+    if "iou" in row.get("component", {}):
+      found["IoU"] = row["component"]["iou"]
     found |= {
       f"from {limit}": share for limit, share in row.get("recall", {}).items()
     }

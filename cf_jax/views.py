@@ -203,7 +203,7 @@ def make_selector(
 
 def thin_scan(
   mask: np.ndarray,
-  time_s: np.ndarray,
+  duration_s: Sequence[float],
   fps: float,
   *,
   most: int,
@@ -211,30 +211,20 @@ def thin_scan(
 ) -> np.ndarray:
   """The scanned frames that uniform frames at `fps` are taken from.
 
-  Of a video that is shown whole nothing is left out. How long a video is, its
-  scanned frames say: exactly where all were scanned, else to a frame.
-
   Args:
     mask: bool[B, T] real scanned frames.
-    time_s: float[B, T] their seconds.
-    fps: frames a second; 0 keeps all.
+    duration_s: of the B videos or clips, as their files say.
+    fps: frames a second.
     most: K, and the following, as of `frame_size.num_shown`.
 
   Returns:
     bool[B, T] as many of the real frames, at equal distances, as are shown, or
     all where that is K.
   """
-  if not fps:
-    return mask
   thin = mask.copy()
-  for row, seconds in zip(thin, time_s, strict=True):
+  for row, seconds in zip(thin, duration_s, strict=True):
+    count = frame_size.num_shown(seconds, fps, most=most, multiple=multiple)
     real = np.flatnonzero(row)
-    if len(real) < 2:
-      continue
-    span_s = float(seconds[real[-1]] - seconds[real[0]])
-    count = frame_size.num_shown(
-      span_s * len(real) / (len(real) - 1), fps, most=most, multiple=multiple
-    )
     if count < most:
       row[:] = False
       row[real[frame_size.spread(len(real), count)]] = True
@@ -576,13 +566,15 @@ class ViewMaker:
   def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):
       with jax.profiler.TraceAnnotation("tad"):
-        mask = thin_scan(
-          batch.scan_mask,
-          batch.scan_time_s,
-          self._fps,
-          most=self._num_keyframes,
-          multiple=self._frames_per_slice,
-        )
+        mask = batch.scan_mask
+        if self._fps:
+          mask = thin_scan(
+            mask,
+            self._reader.durations_s(batch.samples),
+            self._fps,
+            most=self._num_keyframes,
+            multiple=self._frames_per_slice,
+          )
         scored = jax.device_get(self._select(batch.scan, mask))
       while self._memory and len(self._memory) + len(keys) > _REMEMBERED_VIDEOS:
         self._memory.pop(next(iter(self._memory)))  # the oldest

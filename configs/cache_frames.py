@@ -4,9 +4,10 @@
     --config.data.source=jsonl:FOLDER --config.data.frame_cache.folder=DIR
 
 The argument is the training config whose frames are wanted, with its own behind
-a comma; without one it is kfgrpo_cpu. Settings under data, scan and tad must be
-those of the training; that then takes --config.data.frame_cache.mode=only (or
-prefer) and the same folder. Interrupted, the same call goes on where it was.
+a comma; without one it is kfgrpo_cpu. Settings under data, scan and tad (and
+fill.frames_per_slice, its prompt.frames_per_slice) must be those of the
+training; that then takes --config.data.frame_cache.mode=only (or prefer) and
+the same folder. Interrupted, the same call goes on where it was.
 Several hosts share the work with --config.distributed=True.
 
   configs/cache_frames.py:kfgrpo_cpu,smoke   the built-in videos

@@ -5,7 +5,7 @@
 Each arm takes its recipe's `:smoke` config, with more videos and updates, from
 a cold start that the arms of a system share. runs/neighbours/sweep.md has the
 accuracies before (the cold start) and after; results.json of a run also has
-the mean IoU of intervals ("score") and the share from 0.3, 0.5 and 0.7 on.
+the mean IoU of the times given and the share from 0.3, 0.5 and 0.7 on.
 
   videochat_joint, _grounding, _gqa   trained on all three tasks, or on one
   temporal_full, temporal_selected    all training samples, or those that

@@ -407,7 +407,7 @@ def test_neighbours_arms():
 
 
 def test_table_of_neighbours(tmp_path):
-  common = {"accuracy": 0.5, "score": 0.4}
+  common = {"accuracy": 0.5, "component": {"iou": 0.4}}
   rows = [
     {"stage": "sft", "view": "keyframes", "task": "all", **common},
     {"stage": "rl", "view": "blind", "task": "all", **common},
@@ -424,10 +424,10 @@ def test_table_of_neighbours(tmp_path):
   (tmp_path / "results.json").write_text(json.dumps(results))
   run = neighbours_table.read(tmp_path)
   assert run == {
-    "all": {"right": 0.5, "score": 0.4, "hits": 1.0},
+    "all": {"right": 0.5, "IoU": 0.4, "hits": 1.0},
     "grounding": {
       "right": 0.5,
-      "score": 0.4,
+      "IoU": 0.4,
       "from 0.3": 0.75,
       "from 0.5": 0.5,
       "from 0.7": 0.25,

@@ -235,29 +235,33 @@ def test_fewer_frames_than_slots(experiment, short):
 
 def test_thin_scan():
   mask = np.arange(64) < np.array([64, 16, 1, 0])[:, None]
-  time_s = np.where(mask, np.arange(64) / 8, 0.0).astype(np.float32)
 
   def kept(fps, **how):
-    thin = views.thin_scan(mask, time_s, fps, most=8, **how)
+    thin = views.thin_scan(mask, (8.0, 2.0, 0.0, 0.0), fps, most=8, **how)
     return [np.flatnonzero(row).tolist() for row in thin]
 
-  # Eight seconds and two, by hand; one frame has no length to be thinned by.
+  # Eight seconds and two, by hand; a picture has no length.
   assert kept(0.5) == [[8, 24, 40, 56], [8], [0], []]
   assert kept(0.45) == [[8, 24, 40, 56], [8], [0], []]
   assert kept(0.75) == [[5, 16, 26, 37, 48, 58], [4, 12], [0], []]
   assert kept(0.6, multiple=2)[0] == [5, 16, 26, 37, 48, 58]
-  assert kept(1.0)[0] == kept(0.0)[0] == list(range(64))  # K are shown
+  assert kept(1.0)[0] == list(range(64))  # K are shown
 
 
 def test_frames_a_second(cache_dir, tmp_path, batch):
   """Every other slot is empty; the frames are those of a K that is smaller."""
   config = shrink(load_config("configs/kfgrpo_cpu.py", "smoke"), cache_dir)
   config.scan.select = "uniform"
-  config.data.fps = 0.25  # of eight seconds
+  config.data.fps = 0.25  # of eight seconds; half of the frames are scanned
   thin = experiment_lib.build(config, tmp_path)
+  batch = pipeline.collate(
+    batch.samples, np.arange(4), scan_frames=32, scan_size_px=(32, 32)
+  )
   found = thin.make_views(batch, ("keyframes", "uniform"))
   assert found.frame_mask.tolist() == [[True, True, False, False] * 2] * 4
-  np.testing.assert_array_equal(found.keyframe_time_s[:, :2], [[2.0, 6.0]] * 4)
+  np.testing.assert_array_equal(
+    found.keyframe_time_s[:, :2], [[17 / 8, 49 / 8]] * 4
+  )
   assert np.all(found.view["keyframes"].prompt.visual.max(axis=1) == 3)
   config.data.fps = 0.0
   config.tad.num_keyframes = 2
@@ -275,6 +279,10 @@ def test_frames_a_second(cache_dir, tmp_path, batch):
   ("changes", "said"),
   [
     ({"data.fps": 2.0}, "config.data.fps=2 thins .* config.scan.select='tad'"),
+    (
+      {"data.fps": 2.0, "scan.select": "uniform", "selector.learn": True},
+      "config.data.fps=2 .* learned selection always shows",
+    ),
     ({"data.fps": -1.0}, "config.data.fps must be 0 or above, got -1.0"),
   ],
 )

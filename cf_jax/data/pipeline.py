@@ -698,6 +698,15 @@ class FrameReader:
       max(num_threads, self._decoder.processes)
     )
 
+  def durations_s(self, samples: Sequence[records.Sample]) -> list[float]:
+    """Seconds of the B samples' videos or clips, as their files say.
+
+    Raises:
+      video.VideoError: one of them cannot be read.
+    """
+    footage = [footage_lib.of_sample(sample) for sample in samples]
+    return [i.duration_s for i in self._pool.map(self._decoder.probe, footage)]
+
   def read(
     self, samples: Sequence[records.Sample], index: np.ndarray
   ) -> np.ndarray:

@@ -149,14 +149,20 @@ def _fill(
     )
     mask = batch.scan_mask
   else:
-    thin = views.thin_scan(
+    thin = batch.scan_mask
+    if config.data.fps:
+      thin = views.thin_scan(
+        thin,
+        reader.durations_s(batch.samples),
+        config.data.fps,
+        most=config.tad.num_keyframes,
+        multiple=config.fill.frames_per_slice,
+      )
+    keyframes, uniform = views.frames_of_boxes(
+      batch.samples,
       batch.scan_mask,
-      batch.scan_time_s,
-      config.data.fps,
-      most=config.tad.num_keyframes,
-      multiple=config.fill.frames_per_slice,
+      *jax.device_get(choose(batch.scan, thin)),
     )
-    keyframes, uniform = jax.device_get(choose(batch.scan, thin))
     scanned = np.concatenate([keyframes.index, uniform], axis=1)
     mask = np.concatenate(
       [keyframes.mask, uniform < settings.scan_frames], axis=1

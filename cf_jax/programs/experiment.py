@@ -282,7 +282,8 @@ def build(
     described = policies.make_model(config, tokenizer), tokenizer
   model, tokenizer = described
   check_prompt(config, model)
-  check_fps(config.data.fps, config.scan.select)
+  learns = "selector" in config and config.selector.learn
+  check_fps(config.data.fps, config.scan.select, learns=learns)
   if mesh.size > 1:
     check_mesh(config, model, mesh)
     model = dataclasses.replace(model, mesh=mesh)
@@ -418,7 +419,7 @@ def check_prompt(
     )
 
 
-def check_fps(fps: float, select: str) -> None:
+def check_fps(fps: float, select: str, *, learns: bool = False) -> None:
   """Raises a ValueError where frames a second cannot be kept to."""
   if not 0 <= fps < math.inf:
     raise ValueError(f"config.data.fps must be 0 or above, got {fps}")
@@ -426,6 +427,11 @@ def check_fps(fps: float, select: str) -> None:
     raise ValueError(
       f"config.data.fps={fps:g} thins uniform frames out, got"
       f" config.scan.select={select!r}; set one of them to 0 or 'uniform'"
+    )
+  if fps and learns:
+    raise ValueError(
+      f"config.data.fps={fps:g} thins uniform frames out, and a learned"
+      " selection always shows config.tad.num_keyframes; set it to 0"
     )
 
 

@@ -365,6 +365,7 @@ def run_config(
   """
   config = ml_collections.ConfigDict(telemetry.read_manifest(workdir)["config"])
   config.init_from = init_from or config.init_from
+  config.data.fps = config.data.get("fps", 0.0)  # older runs have none
   config.model.attention = "auto"  # the run's kernel was its machine's
   if config.init_from and not pathlib.Path(config.init_from).is_dir():
     raise ValueError(

@@ -18,7 +18,7 @@ from cf_jax.types import TrainState
 from tests.conftest import load_config, shrink
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def plain_panels():
   """Pages without their curves, which take seconds: test_report draws them."""
 
