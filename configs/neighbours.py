@@ -88,12 +88,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def _show_boundaries(config: ml_collections.ConfigDict) -> None:
   """The first frame of each of TAD's pieces, and its time to a tenth.
 
-  So small a policy can copy from them when something starts and ends: these are
-  two of the labels. It answers without reasoning, which would first have it
-  work out the middle. From 16 uniform frames it had learned nothing in 800
-  updates, and with the reasoning no times in 500.
+  When something starts and ends are then two of the labels, to be copied.
   """
-  config.answers.reasoning = "none"
   config.scan.select = "tad"
   config.tad.update(num_keyframes=10, shown="first")
   config.prompt.frames_per_slice = 1
