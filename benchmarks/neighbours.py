@@ -1,13 +1,16 @@
 """What the neighbouring systems' small runs came to, before and after.
 
   python -m launch.sweep --config=configs/neighbours.py --out=runs/neighbours
-  python -m benchmarks.neighbours --runs=runs/neighbours --plots=docs/images \
-    --out=docs/results/neighbours.json
+  python -m cf_jax.main --config=configs/viarl.py:small --workdir=runs/viarl
+  python -m benchmarks.neighbours --runs=runs/neighbours --viarl=runs/viarl \
+    --plots=docs/images --out=docs/results/neighbours.json
 
 Descriptive: few seeds, no test. A row is a run's last policy on the held-out
 videos of one task: right answers, mean IoU of the times it gives, the share of
 IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
-annotated events that got a frame. Reads the runs that are there.
+annotated events that got a frame. Of ViaRL, after each stage: right answers to
+chosen and to uniform frames, and how many lists hit the evidence. Reads the
+runs that are there.
 """
 
 import argparse
@@ -91,12 +94,55 @@ def draw(
   contrasts.save(figure, path)
 
 
+def read_cycles(folder: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Stage of configs/viarl.py -> shares of all held-out questions."""
+  results = json.loads((folder / "results.json").read_text("utf-8"))
+  return {
+    row["after"]: {
+      "right, chosen frames": row["accuracy/chosen"]["accuracy"],
+      "right, uniform frames": row["accuracy/uniform"]["accuracy"],
+      "lists that hit": row["lists/hit"],
+    }
+    for row in results["evaluations"]
+    if row["task"] == "all"
+  }
+
+
+def cycles_table(found: Mapping[str, Mapping[str, float]]) -> str:
+  """Markdown of `read_cycles`, %."""
+  names = list(next(iter(found.values())))
+  return peers.table(
+    ["after", *names],
+    [
+      [stage, *(f"{100 * row[name]:.1f}" for name in names)]
+      for stage, row in found.items()
+    ],
+  )
+
+
+def draw_cycles(
+  found: Mapping[str, Mapping[str, float]], path: pathlib.Path
+) -> None:
+  """`read_cycles` over the stages, a line each."""
+  figure, panel = plt.subplots(figsize=(8, 3.4))
+  for name in next(iter(found.values())):
+    panel.plot(
+      list(found), [100 * r[name] for r in found.values()], "o-", label=name
+    )
+  panel.set_xlabel("after")
+  panel.set_ylabel("%")
+  panel.legend(fontsize=8)
+  panel.grid(alpha=0.3)
+  contrasts.save(figure, path)
+
+
 def main() -> None:
   """Prints the table; writes JSON and the figure where asked."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--runs", type=pathlib.Path, required=True)
+  parser.add_argument("--viarl", type=pathlib.Path, help="run of viarl.py")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
   args = parser.parse_args()
@@ -118,8 +164,14 @@ def main() -> None:
   if not found:
     parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
   print(table(found))
+  made = dict(found)
+  if args.viarl:
+    made["viarl"] = read_cycles(args.viarl)
+    print("\n" + cycles_table(made["viarl"]))
+    if args.plots:
+      draw_cycles(made["viarl"], args.plots / "viarl_cycles.png")
   if args.out:
-    contrasts.write_json(args.out, found)
+    contrasts.write_json(args.out, made)
   if args.plots and curves:
     draw(curves, args.plots / "neighbours_curves.png")
 

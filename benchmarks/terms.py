@@ -37,7 +37,8 @@ HELD_OUT = {
 # Arms that are compared with each other, on the seeds that have all of them.
 GROUPS = (
   ("cold_start", *terms.ARMS, "tad_tgrpo"),
-  ("cited_cold_start", *terms.CITED),
+  ("cited_cold_start", "cited_none", "cited_evidence"),
+  ("cited_deletion",),  # a score for each keyframe left out: the slowest
 )
 _LAST = 20  # updates
 

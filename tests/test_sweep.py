@@ -442,6 +442,30 @@ def test_table_of_neighbours(tmp_path):
   assert (tmp_path / "curves.png").stat().st_size > 8_000
 
 
+def test_table_of_cycles(tmp_path):
+  def row(after, task, chosen):
+    return {
+      "after": after,
+      "task": task,
+      "accuracy/chosen": {"accuracy": chosen},
+      "accuracy/uniform": {"accuracy": 0.25},
+      "lists/hit": 0.5,
+    }
+
+  rows = [
+    row("answerer", "all", 0.5),
+    row("answerer", "order", 0.1),
+    row("cycle_1/selector", "all", 0.75),
+  ]
+  (tmp_path / "results.json").write_text(json.dumps({"evaluations": rows}))
+  found = neighbours_table.read_cycles(tmp_path)
+  assert list(found) == ["answerer", "cycle_1/selector"]
+  *_, last = neighbours_table.cycles_table(found).splitlines()
+  assert last == "| cycle_1/selector | 75.0 | 25.0 | 50.0 |"
+  neighbours_table.draw_cycles(found, tmp_path / "cycles.png")
+  assert (tmp_path / "cycles.png").stat().st_size > 8_000
+
+
 def test_short_cut_arms_differ_in_the_bonus_alone():
   points = {p.name: p for p in sweep.collect(shortcut.sweep)}
   assert len(points) == shortcut.SEEDS * (1 + len(shortcut.ARMS))
