@@ -47,11 +47,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
-  """Whole runs first: short files fill what is left of the last minute.
+  """Long files first: short ones fill what is left of the last minute.
 
   A file is one worker's; launch/test.sh keeps their order.
   """
-  long = {"programs", "test_notebooks.py", "test_benchmarks.py"}
+  long = {
+    "programs",
+    "test_benchmarks.py",
+    "test_notebooks.py",
+    "test_sharding.py",
+    "test_tad.py",
+  }
   items.sort(key=lambda item: long.isdisjoint(item.path.parts))
 
 
