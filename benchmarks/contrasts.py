@@ -418,12 +418,18 @@ def read_seeds(runs: pathlib.Path) -> dict[str, dict[str, Run]]:
   }
 
 
-def summary(study: Study, runs: pathlib.Path, whole: Sequence[str]) -> dict:
+def summary(
+  study: Study,
+  runs: pathlib.Path,
+  seeds: Mapping[str, Mapping[str, Run]],
+  whole: Sequence[str],
+) -> dict:
   """What the whole seeds and, for the cells, all seeds say.
 
   Args:
     study: what is compared.
     runs: folder of the seeds.
+    seeds: all of them, from `read_seeds`.
     whole: names of the seeds with all arms of the study, two or more.
 
   Returns:
@@ -431,7 +437,6 @@ def summary(study: Study, runs: pathlib.Path, whole: Sequence[str]) -> dict:
     bonuses (arm -> `bonuses` of each seed, where there are any) and cells
     (`cells`, where there are any).
   """
-  seeds = read_seeds(runs)
   compared = [seeds[name] for name in whole]
   bonus = {
     arm: [bonuses(runs / name / arm) for name in whole] for arm in study.arms
@@ -459,12 +464,12 @@ def summary(study: Study, runs: pathlib.Path, whole: Sequence[str]) -> dict:
 def write_figures(
   study: Study,
   runs: pathlib.Path,
+  seeds: Mapping[str, Mapping[str, Run]],
   whole: Sequence[str],
   plots: pathlib.Path,
   name: str,
 ) -> None:
   """NAME_order.png and NAME_curves.png; arguments as of `summary`."""
-  seeds = read_seeds(runs)
   draw(
     [seeds[seed] for seed in whole],
     plots / f"{name}_order.png",
@@ -489,7 +494,8 @@ def main() -> None:
   parser.add_argument("--plots", type=pathlib.Path)
   args = parser.parse_args()
   study, whole, made = STUDIES[args.study], [], {}
-  for name, arms in read_seeds(args.runs).items():
+  seeds = read_seeds(args.runs)
+  for name, arms in seeds.items():
     missing = [arm for arm in study.arms if arm not in arms]
     if missing:
       print(f"{name} is left out: no results of {', '.join(missing)}")
@@ -507,14 +513,14 @@ def main() -> None:
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
   if len(whole) >= 2:  # else a pilot
-    made = summary(study, args.runs, whole)
+    made = summary(study, args.runs, seeds, whole)
     print(table(made["contrasts"]), end="\n\n")
     if "cells" in made:
       print(describe(made["cells"]), end="\n\n")
     print(views_table(made["views"], study.task), end="\n\n")
     print(bonus_table(made["bonuses"]))
     if args.plots:
-      write_figures(study, args.runs, whole, args.plots, args.study)
+      write_figures(study, args.runs, seeds, whole, args.plots, args.study)
   if taken:
     print(habit_table(taken))
     made["habits"] = taken

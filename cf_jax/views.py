@@ -231,6 +231,27 @@ def thin_scan(
   return thin
 
 
+def selectable(
+  batch: pipeline.Batch,
+  reader: pipeline.FrameReader,
+  fps: float,
+  *,
+  most: int,
+  multiple: int,
+) -> np.ndarray:
+  """The scanned frames of a batch that a selector may choose among.
+
+  All real ones, or with `fps` what `thin_scan`, whose arguments these are,
+  leaves of them.
+  """
+  if not fps:
+    return batch.scan_mask
+  duration_s = reader.durations_s(batch.samples)
+  return thin_scan(
+    batch.scan_mask, duration_s, fps, most=most, multiple=multiple
+  )
+
+
 def frames_of_boxes(
   samples: Sequence[records.Sample],
   mask: np.ndarray,
@@ -566,15 +587,13 @@ class ViewMaker:
   def _remembered(self, batch, keys):
     if not all(key in self._memory for key in keys):
       with jax.profiler.TraceAnnotation("tad"):
-        mask = batch.scan_mask
-        if self._fps:
-          mask = thin_scan(
-            mask,
-            self._reader.durations_s(batch.samples),
-            self._fps,
-            most=self._num_keyframes,
-            multiple=self._frames_per_slice,
-          )
+        mask = selectable(
+          batch,
+          self._reader,
+          self._fps,
+          most=self._num_keyframes,
+          multiple=self._frames_per_slice,
+        )
         scored = jax.device_get(self._select(batch.scan, mask))
       while self._memory and len(self._memory) + len(keys) > _REMEMBERED_VIDEOS:
         self._memory.pop(next(iter(self._memory)))  # the oldest

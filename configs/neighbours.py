@@ -45,7 +45,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if system == "videochat":
     shown = "joint" if variant == "cold" else variant
     config = videochat_r1.get_config(f"{shown},smoke")
-    _show_boundaries(config)
   elif arm == "temporal_select":
     config = select_data.get_config("smoke")
   elif system == "temporal":
@@ -53,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     shown = "answered" if variant == "cold" else variant
     config = tspo.get_config(f"{shown},smoke")
-  if system == "temporal":
+  if system != "tspo":  # times are asked for
     _show_boundaries(config)
   config.name = "neighbours" + (f"_{arg}" if arg else "")
   # 256 held-out videos a task.

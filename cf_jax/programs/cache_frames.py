@@ -149,19 +149,17 @@ def _fill(
     )
     mask = batch.scan_mask
   else:
-    thin = batch.scan_mask
-    if config.data.fps:
-      thin = views.thin_scan(
-        thin,
-        reader.durations_s(batch.samples),
-        config.data.fps,
-        most=config.tad.num_keyframes,
-        multiple=config.fill.frames_per_slice,
-      )
+    among = views.selectable(
+      batch,
+      reader,
+      config.data.fps,
+      most=config.tad.num_keyframes,
+      multiple=config.fill.frames_per_slice,
+    )
     keyframes, uniform = views.frames_of_boxes(
       batch.samples,
       batch.scan_mask,
-      *jax.device_get(choose(batch.scan, thin)),
+      *jax.device_get(choose(batch.scan, among)),
     )
     scanned = np.concatenate([keyframes.index, uniform], axis=1)
     mask = np.concatenate(
