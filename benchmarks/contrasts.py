@@ -6,7 +6,8 @@
 and those of the second study with configs/shortcut.py, --study=shortcut and
 --runs=runs/shortcut. Reads what is there: seeds with all arms count, the others
 are named. The table of frames and methods, which is descriptive, takes the
-seeds it finds.
+seeds it finds, and those of a result file of runs elsewhere: --beside=FILE. The
+contrasts are the file's, too, where fewer than two seeds are whole here.
 """
 
 import argparse
@@ -218,6 +219,24 @@ def write_json(path: pathlib.Path, made: Mapping) -> None:
   path.write_text(json.dumps(made, indent=1) + "\n")
 
 
+def load(path: str) -> dict:
+  """A result file, as an option of the command line."""
+  return json.loads(pathlib.Path(path).read_text("utf-8"))
+
+
+def beside(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> dict:
+  """What runs elsewhere came to, and what those that are here did.
+
+  Args:
+    old: arm -> seed -> numbers, of a result file.
+    new: the same; a seed takes the place of an equal one.
+  """
+  return {
+    arm: dict(sorted({**old.get(arm, {}), **new.get(arm, {})}.items()))
+    for arm in dict.fromkeys((*old, *new))
+  }
+
+
 def draw_curves(
   curves: Mapping[str, Sequence[Sequence[float]]],
   path: pathlib.Path,
@@ -424,24 +443,23 @@ def summary(
   seeds: Mapping[str, Mapping[str, Run]],
   whole: Sequence[str],
 ) -> dict:
-  """What the whole seeds and, for the cells, all seeds say.
+  """What the whole seeds say.
 
   Args:
     study: what is compared.
     runs: folder of the seeds.
-    seeds: all of them, from `read_seeds`.
+    seeds: from `read_seeds`.
     whole: names of the seeds with all arms of the study, two or more.
 
   Returns:
-    seeds, contrasts (`contrasts`), views (arm -> "view task" -> accuracies),
-    bonuses (arm -> `bonuses` of each seed, where there are any) and cells
-    (`cells`, where there are any).
+    seeds, contrasts (`contrasts`), views (arm -> "view task" -> accuracies)
+    and bonuses (arm -> `bonuses` of each seed, where there are any).
   """
   compared = [seeds[name] for name in whole]
   bonus = {
     arm: [bonuses(runs / name / arm) for name in whole] for arm in study.arms
   }
-  made = {
+  return {
     "seeds": list(whole),
     "contrasts": contrasts(compared, study.contrasts),
     "views": {
@@ -456,9 +474,6 @@ def summary(
       arm: each for arm, each in bonus.items() if any(x["mean"] for x in each)
     },
   }
-  if described := cells(seeds):
-    made["cells"] = described
-  return made
 
 
 def write_figures(
@@ -492,8 +507,9 @@ def main() -> None:
   parser.add_argument("--study", choices=STUDIES, default="contrasts")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
+  parser.add_argument("--beside", type=load, default={}, metavar="FILE")
   args = parser.parse_args()
-  study, whole, made = STUDIES[args.study], [], {}
+  study, whole, made = STUDIES[args.study], [], dict(args.beside)
   seeds = read_seeds(args.runs)
   for name, arms in seeds.items():
     missing = [arm for arm in study.arms if arm not in arms]
@@ -508,19 +524,22 @@ def main() -> None:
     for path in sorted(args.runs.glob("seed_*/*/predictions.jsonl"))
     if study.short_cut
   }
-  if len(whole) < 2 and not taken:
+  if len(whole) < 2 and not taken and not made:
     parser.error(
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
   if len(whole) >= 2:  # else a pilot
-    made = summary(study, args.runs, seeds, whole)
-    print(table(made["contrasts"]), end="\n\n")
-    if "cells" in made:
-      print(describe(made["cells"]), end="\n\n")
-    print(views_table(made["views"], study.task), end="\n\n")
-    print(bonus_table(made["bonuses"]))
+    made |= summary(study, args.runs, seeds, whole)
     if args.plots:
       write_figures(study, args.runs, seeds, whole, args.plots, args.study)
+  described = beside(args.beside.get("cells", {}), cells(seeds))
+  if described:
+    made["cells"] = described
+    print(describe(described), end="\n\n")
+  if "contrasts" in made:
+    print(table(made["contrasts"]), end="\n\n")
+    print(views_table(made["views"], study.task), end="\n\n")
+    print(bonus_table(made["bonuses"]))
   if taken:
     print(habit_table(taken))
     made["habits"] = taken

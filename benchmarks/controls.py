@@ -15,7 +15,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from benchmarks import contrasts, peers
 
@@ -73,13 +73,16 @@ def evaluate(
   }
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-  """Markdown: selector -> task -> accuracy, one a seed; mean, sd (ddof 1)."""
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+  """Markdown: selector -> seed -> task -> accuracy; mean, sd (ddof 1)."""
   return peers.table(
     ["frames", *TASKS],
     [
       [select]
-      + [contrasts.mean_sd([100 * seed[t] for seed in seeds]) for t in TASKS]
+      + [
+        contrasts.mean_sd([100 * seed[task] for seed in seeds.values()])
+        for task in TASKS
+      ]
       for select, seeds in found.items()
     ],
   )
@@ -99,13 +102,15 @@ def main() -> None:
   runs = sorted(args.runs.glob(f"seed_*/{args.arm}/results.json"))[: args.seeds]
   if not runs:
     parser.error(f"{args.runs} has no finished {args.arm}")
-  found: dict[str, list] = {select: [] for select in SELECTORS}
+  found: dict[str, dict] = {select: {} for select in SELECTORS}
   for results in runs:
     policy = results.parent.absolute()
     for select in SELECTORS:
       kept = f"{select}_{args.count}"
-      workdir = args.out / policy.parent.name / args.arm / kept
-      found[select].append(evaluate(policy, select, workdir, count=args.count))
+      seed = policy.parent.name
+      found[select][seed] = evaluate(
+        policy, select, args.out / seed / args.arm / kept, count=args.count
+      )
   print(f"{args.arm}, {len(runs)} seeds, {args.count} videos a task\n")
   print(table(found))
   contrasts.write_json(args.out / f"{args.arm}.json", found)

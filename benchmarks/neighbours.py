@@ -10,7 +10,8 @@ videos of one task: right answers, mean IoU of the times it gives, the share of
 IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
 annotated events that got a frame. Of ViaRL, after each stage: right answers to
 chosen and to uniform frames, and how many lists hit the evidence. Reads the
-runs that are there.
+runs that are there; those elsewhere stand beside them:
+--beside=docs/results/neighbours.json.
 """
 
 import argparse
@@ -54,43 +55,40 @@ def read(folder: pathlib.Path) -> Run:
   return made
 
 
-def table(found: Mapping[str, Sequence[Run]]) -> str:
+def table(found: Mapping[str, Mapping[str, Run]]) -> str:
   """Markdown: arm and task -> columns in %, mean and spread (ddof 1).
 
   Args:
-    found: arm -> one Run a seed.
+    found: arm -> seed -> Run.
   """
   rows = []
   for arm, seeds in found.items():
-    for task in seeds[0]:
+    runs = list(seeds.values())
+    for task in runs[0]:
       each = [
-        [100 * seed[task][name] for seed in seeds if name in seed[task]]
+        [100 * run[task][name] for run in runs if name in run[task]]
         for name in COLUMNS
       ]
-      rows.append([arm, len(seeds), task, *map(contrasts.mean_sd, each)])
+      rows.append([arm, len(runs), task, *map(contrasts.mean_sd, each)])
   return peers.table(["arm", "seeds", "task", *COLUMNS], rows)
 
 
 def draw(
-  curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+  curves: Mapping[str, Sequence[Sequence[float]]],
   path: pathlib.Path,
   *,
   window: int = 5,
 ) -> None:
-  """Rewards over updates, a panel for each system.
+  """Rewards of a system's arms over updates.
 
   Args:
-    curves: system -> arm -> one curve a seed, equally long.
+    curves: arm -> one curve a seed, equally long.
     path: of the picture.
     window: updates of the moving mean.
   """
-  figure, panels = plt.subplots(
-    1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False
-  )
-  for panel, (system, arms) in zip(panels[0], curves.items(), strict=True):
-    contrasts.draw_smooth(panel, arms, window=window)
-    panel.set_title(system)
-  panels[0][0].set_ylabel(f"reward (mean of {window} updates)")
+  figure, panel = plt.subplots(figsize=(5.5, 3.4))
+  contrasts.draw_smooth(panel, curves, window=window)
+  panel.set_ylabel(f"reward (mean of {window} updates)")
   contrasts.save(figure, path)
 
 
@@ -145,6 +143,9 @@ def main() -> None:
   parser.add_argument("--viarl", type=pathlib.Path, help="run of viarl.py")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
+  parser.add_argument(
+    "--beside", type=contrasts.load, default={}, metavar="FILE"
+  )
   args = parser.parse_args()
   found, curves = {}, {}
   for system, variants in neighbours.ARMS.items():
@@ -156,24 +157,27 @@ def main() -> None:
       ]
       if not folders:
         continue
-      found[arm] = [read(folder) for folder in folders]
+      found[arm] = {folder.parent.name: read(folder) for folder in folders}
       key = "selector/reward" if system == "tspo" else "reward/mean"
       each = [contrasts.curve(folder, key) for folder in folders]
       if all(each):
         curves.setdefault(system, {})[variant] = each
-  if not found:
+  if not found and not args.beside:
     parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
-  print(table(found))
-  made = dict(found)
   if args.viarl:
-    made["viarl"] = read_cycles(args.viarl)
-    print("\n" + cycles_table(made["viarl"]))
+    manifest = json.loads((args.viarl / "manifest.json").read_text("utf-8"))
+    found["viarl"] = {f"seed_{manifest['seed']}": read_cycles(args.viarl)}
+  found = contrasts.beside(args.beside, found)
+  print(table({arm: runs for arm, runs in found.items() if arm != "viarl"}))
+  for seed, cycles in found.get("viarl", {}).items():
+    print(f"\nviarl, {seed}\n\n" + cycles_table(cycles))
     if args.plots:
-      draw_cycles(made["viarl"], args.plots / "viarl_cycles.png")
+      draw_cycles(cycles, args.plots / f"viarl_{seed}.png")
   if args.out:
-    contrasts.write_json(args.out, made)
-  if args.plots and curves:
-    draw(curves, args.plots / "neighbours_curves.png")
+    contrasts.write_json(args.out, found)
+  if args.plots:
+    for system, arms in curves.items():
+      draw(arms, args.plots / f"{system}_curves.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
   python -m launch.sweep --config=configs/terms.py --out=runs/contrasts
   python -m benchmarks.terms --runs=runs/contrasts --out=docs/results/terms.json
 
+Runs elsewhere stand beside these: --beside=docs/results/terms.json.
+
 Descriptive: few seeds, no test; arms are compared on the same seeds. For every
 arm the held-out accuracy, where order is used (ordered and reversed keyframes
 of the order task) and what would show a policy that learns something else than
@@ -68,14 +70,14 @@ def columns(folder: pathlib.Path) -> dict[str, float]:
   return made
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-  """Markdown: arm -> one `columns` a seed; mean and spread (ddof 1)."""
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+  """Markdown: arm -> seed -> `columns`; mean and spread (ddof 1)."""
   names = [*HELD_OUT, *WATCHED]
   rows = []
   for arm, seeds in found.items():
     row = [arm, len(seeds)]
     for name in names:
-      each = [seed[name] for seed in seeds if name in seed]
+      each = [seed[name] for seed in seeds.values() if name in seed]
       row.append(contrasts.mean_sd(each, 1 if name in HELD_OUT else 2))
     rows.append(row)
   return peers.table(["arm", "seeds", *names], rows)
@@ -88,15 +90,19 @@ def main() -> None:
   )
   parser.add_argument("--runs", type=pathlib.Path, required=True)
   parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument(
+    "--beside", type=contrasts.load, default={}, metavar="FILE"
+  )
   args = parser.parse_args()
   found = {
-    arm: [columns(folder / arm) for folder in whole]
+    arm: {folder.name: columns(folder / arm) for folder in whole}
     for arms in GROUPS
     if (whole := whole_seeds(args.runs, arms))
     for arm in arms
   }
   if not found:
     parser.error(f"{args.runs} has no seed with all arms of configs/terms.py")
+  found = contrasts.beside(args.beside, found)
   print(table(found))
   if args.out:
     contrasts.write_json(args.out, found)

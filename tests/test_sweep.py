@@ -337,7 +337,7 @@ def test_table_of_terms(tmp_path):
   row = (
     "| a | 2 | 51.0 (sd 1.4) | 50.0 (sd 0.0) | 25.0 (sd 0.0) | 9.50 (sd 0.71) |"
   )
-  assert row in terms_table.table({"a": [found, other]})
+  assert row in terms_table.table({"a": {"0": found, "1": other}})
 
 
 def test_terms_are_compared_on_the_same_seeds(tmp_path):
@@ -433,11 +433,11 @@ def test_table_of_neighbours(tmp_path):
       "from 0.7": 0.25,
     },
   }
-  *_, row = neighbours_table.table({"arm": [run, run]}).splitlines()
+  *_, row = neighbours_table.table({"arm": {"0": run, "1": run}}).splitlines()
   cells = ["50.0", "40.0", "75.0", "50.0", "25.0"]
   shown = " | ".join(f"{cell} (sd 0.0)" for cell in cells)
   assert row == f"| arm | 2 | grounding | {shown} |  |"
-  curves = {"a": {"b": [list(range(9)), [3] * 9]}}
+  curves = {"a": [list(range(9)), [3] * 9]}
   neighbours_table.draw(curves, tmp_path / "curves.png")
   assert (tmp_path / "curves.png").stat().st_size > 8_000
 
@@ -488,6 +488,30 @@ def test_short_cut_arms_differ_in_the_bonus_alone():
   }
   with pytest.raises(ValueError, match="kfgrpo_text"):
     shortcut.get_config("tad_kfgrpo")
+
+
+def test_runs_elsewhere_stand_beside_these(tmp_path, monkeypatch, capsys):
+  old = {"a": {"seed_1": 1, "seed_0": 2}, "b": {"seed_0": 3}}
+  new = {"c": {"seed_0": 4}, "a": {"seed_1": 5, "seed_2": 6}}
+  assert list(contrasts.beside(old, new).items()) == [
+    ("a", {"seed_0": 2, "seed_1": 5, "seed_2": 6}),
+    ("b", {"seed_0": 3}),
+    ("c", {"seed_0": 4}),
+  ]
+  # By the command: another seed of the table, the contrasts as they were.
+  kept, out = tmp_path / "kept.json", tmp_path / "out.json"
+  cells = {"learned grpo": {"seed_0": 0.5}, "tad grpo": {"seed_0": 0.75}}
+  whole = {"contrasts": {}, "views": {}, "bonuses": {}}
+  kept.write_text(json.dumps(whole | {"cells": cells}))
+  _finish(tmp_path / "runs" / "seed_1" / "learned_grpo", 0.25)
+  command = ["contrasts", f"--runs={tmp_path / 'runs'}", f"--out={out}"]
+  monkeypatch.setattr(sys, "argv", [*command, f"--beside={kept}"])
+  contrasts.main()
+  assert json.loads(out.read_text()) == whole | {
+    "cells": cells | {"learned grpo": {"seed_0": 0.5, "seed_1": 0.25}}
+  }
+  said = capsys.readouterr().out
+  assert "37.5 (sd 17.7), n=2" in said and "seed_1 is left out" in said
 
 
 def test_table_of_views():
@@ -581,4 +605,4 @@ def test_table_of_controls(tmp_path):
   assert found == dict.fromkeys(controls.TASKS, 0.5)
   other = found | {"needle": 0.7}
   row = "| tad | 60.0 (sd 14.1) | 50.0 (sd 0.0) | 50.0 (sd 0.0) |"
-  assert row in controls.table({"tad": [found, other]})
+  assert row in controls.table({"tad": {"0": found, "1": other}})
