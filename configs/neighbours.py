@@ -57,7 +57,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.name = "neighbours" + (f"_{arg}" if arg else "")
   # 256 held-out videos a task.
   config.data.synthetic.update(
-    num_train=2048, num_dev=192, num_test=256 * len(config.data.synthetic.tasks)
+    num_train=2048 if system == "tspo" else 4096,
+    num_dev=192,
+    num_test=256 * len(config.data.synthetic.tasks),
   )
   config.evaluation.batch_size = 64
   if arm == "temporal_select":
@@ -65,14 +67,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.report.probe_videos = 0
   if variant == "cold":
-    config.sft.update(
-      max_steps=1000,
-      batch_size=32,
-      # Colours are learned before times; at 0.55 an IoU was still a guess.
-      stop_accuracy=0.55 if system == "tspo" else 0.7,
-      eval_every=20,
-      checkpoint_every=100,
-    )
+    config.sft.update(batch_size=32, checkpoint_every=100)
+    if system == "tspo":
+      config.sft.update(max_steps=1000, stop_accuracy=0.55, eval_every=20)
+    else:  # colours are learned by 500 updates, times by and by after them
+      config.sft.update(max_steps=2000, stop_accuracy=0.85, eval_every=50)
     config.rl.steps = 0
     config.report.stages = ("sft",)
     return config
@@ -87,10 +86,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def _show_boundaries(config: ml_collections.ConfigDict) -> None:
   """The first frame of each of TAD's pieces, and its time to a tenth.
 
-  When something starts and ends are then two of the labels, to be copied.
+  When something starts and ends are then two of the labels, to be copied; in
+  videos of ten seconds they are of equal length.
   """
+  config.data.synthetic.num_frames = config.data.loader.scan_frames = 80
   config.scan.select = "tad"
-  config.tad.update(num_keyframes=10, shown="first")
+  config.tad.update(num_keyframes=8, shown="first")
   config.prompt.frames_per_slice = 1
   config.prompt.build.time_format = "{:.1f}s"
   config.prompt.max_tokens = 160
