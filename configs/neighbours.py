@@ -71,13 +71,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if system == "tspo":
       config.sft.update(max_steps=1000, stop_accuracy=0.55, eval_every=20)
     else:  # colours are learned by 500 updates, times by and by after them
-      config.sft.update(max_steps=2000, stop_accuracy=0.85, eval_every=50)
+      config.sft.update(stop_accuracy=0.85, eval_every=50)
+      config.sft.max_steps = 2000 if system == "videochat" else 1000
     config.rl.steps = 0
     config.report.stages = ("sft",)
     return config
 
   config.rl.update(steps=60, prompts_per_step=16, checkpoint_every=20)
   if system != "tspo":  # there the frozen answerer is asked twice a selection
+    config.rl.update(steps=150, checkpoint_every=50)
     config.sampling.num_completions = 8
   config.report.stages = ("rl",)
   return config
