@@ -36,6 +36,7 @@ import numpy as np
 import pytest
 from ml_collections import config_flags
 
+from cf_jax import pages
 from cf_jax.models import config as model_config
 from cf_jax.models import vlm
 from cf_jax.types import Prompt, View
@@ -67,6 +68,15 @@ def load_config(path: str, arg: str | None = None) -> ml_collections.ConfigDict:
     name="config", lock_config=False
   )
   return parser.parse(str(ROOT / path) + (f":{arg}" if arg else ""))
+
+
+def draw_no_panels(patch: pytest.MonkeyPatch) -> None:
+  """Pages without their curves, which take seconds: test_report draws them."""
+
+  def name(alt, draw, **size):
+    return f"<p>{pages.escape(alt)}</p>"
+
+  patch.setattr(pages, "svg_panel", name)
 
 
 def init_params(model: model_config.VLMConfig) -> dict:

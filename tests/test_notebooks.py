@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 
 from benchmarks import contrasts
+from tests.conftest import draw_no_panels
 
 ROOT = pathlib.Path(__file__).parents[1]
 TAD = ROOT / "notebooks/01_tad.ipynb"
@@ -88,6 +89,7 @@ def ablated(tmp_path_factory):
     patch.setattr(sys, "path", list(sys.path))
     patch.setenv("ABLATION_SIZE", "tiny")
     patch.setenv("SWEEP", "not/there")
+    draw_no_panels(patch)  # of the runs' reports
     patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # made videos
     yield execute(ABLATIONS)
 

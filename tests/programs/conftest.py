@@ -9,24 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cf_jax import descriptor, pages
+from cf_jax import descriptor
 from cf_jax.models import selector
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import policies
 from cf_jax.runtime import checkpoint, telemetry
 from cf_jax.types import TrainState
-from tests.conftest import load_config, shrink
+from tests.conftest import draw_no_panels, load_config, shrink
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_panels():
-  """Pages without their curves, which take seconds: test_report draws them."""
-
-  def name(alt, draw, **size):
-    return f"<p>{pages.escape(alt)}</p>"
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pages, "svg_panel", name)
+    draw_no_panels(patch)
     yield
 
 
