@@ -3,7 +3,7 @@
   python -m launch.sweep --config=configs/neighbours.py --out=runs/neighbours
   python -m cf_jax.main --config=configs/viarl.py:small --workdir=runs/viarl
   python -m benchmarks.neighbours --runs=runs/neighbours --viarl=runs/viarl \
-    --plots=docs/images --out=docs/results/neighbours.json
+    --asked=runs/asked --plots=docs/images --out=docs/results/neighbours.json
 
 Descriptive: few seeds, no test. A row is a run's last policy on the held-out
 videos of one task: right answers, mean IoU of the times it gives, the share of
@@ -12,23 +12,43 @@ annotated events that got a frame. Of ViaRL, after each stage: right answers to
 chosen and to uniform frames, and how many lists hit the evidence. Reads the
 runs that are there; those elsewhere stand beside them:
 --beside=docs/results/neighbours.json.
+
+An arm that was trained on one task has held-out videos of its own. With
+--asked=FOLDER the policies of VideoChat-R1's arms answer the joint arm's there
+(half a minute each, once), and these answers are what the table shows.
 """
 
 import argparse
 import json
 import pathlib
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from benchmarks import contrasts, peers
 from configs import neighbours
 
 LIMITS = ("0.3", "0.5", "0.7")
 COLUMNS = ("right", "IoU", *(f"from {limit}" for limit in LIMITS), "hits")
+
+ARMS = tuple(
+  f"{system}_{variant}"
+  for system, variants in neighbours.ARMS.items()
+  for variant in ("cold", *variants)
+)
+
+# System -> metric of training that its figure shows, and what that is.
+CURVES = {
+  "videochat": ("reward/iou", "IoU of sampled times"),
+  "temporal": ("reward/mean", "reward"),
+  "tspo": ("selector/reward", "reward of selections"),
+}
 
 # task -> column -> value, of one run
 Run = Mapping[str, Mapping[str, float]]
@@ -55,6 +75,57 @@ def read(folder: pathlib.Path) -> Run:
   return made
 
 
+def ask(policy: pathlib.Path, workdir: pathlib.Path) -> Run:
+  """The joint arm's held-out questions, put to a run's policy.
+
+  Args:
+    policy: workdir of an arm of VideoChat-R1.
+    workdir: of the evaluation; one that is finished is read.
+
+  Raises:
+    subprocess.CalledProcessError: the evaluation failed.
+  """
+  settings = neighbours.get_config("videochat_joint").data.synthetic
+  seed = json.loads((policy / "manifest.json").read_text("utf-8"))["seed"]
+  command = [
+    sys.executable,
+    "-m",
+    "cf_jax.main",
+    "--config=configs/evaluate.py",
+    "--config.benchmark=synthetic",
+    f"--config.policy={policy.absolute()}",
+    f"--config.data.seed={seed}",
+    f"--workdir={workdir.absolute()}",
+    *(
+      f"--config.data.synthetic.{name}={settings[name]}"
+      for name in ("tasks", "num_test", "num_frames")
+    ),
+  ]
+  if not list(workdir.glob("synthetic/*/scores.json")):
+    subprocess.run(command, check=True)
+  (path,) = workdir.glob("synthetic/*/questions.jsonl")
+  return read_answers(path)
+
+
+def read_answers(path: pathlib.Path) -> Run:
+  """What `questions.jsonl` of an evaluation comes to, by task and for all."""
+  with path.open(encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+  groups = {"all": rows}
+  for row in rows:
+    groups.setdefault(row["task"], []).append(row)
+  made = {}
+  for task, some in groups.items():
+    right = [row["score"]["accuracy"] for row in some]
+    made[task] = {"right": float(np.mean(right))}
+    iou = np.array([r["score"]["iou"] for r in some if "iou" in r["score"]])
+    if iou.size:
+      made[task]["IoU"] = float(iou.mean())
+      for limit in LIMITS if task != "all" else ():
+        made[task][f"from {limit}"] = float(np.mean(iou >= float(limit)))
+  return made
+
+
 def table(found: Mapping[str, Mapping[str, Run]]) -> str:
   """Markdown: arm and task -> columns in %, mean and spread (ddof 1).
 
@@ -77,18 +148,19 @@ def draw(
   curves: Mapping[str, Sequence[Sequence[float]]],
   path: pathlib.Path,
   *,
-  window: int = 5,
+  what: str,
 ) -> None:
-  """Rewards of a system's arms over updates.
+  """A metric of a system's arms over updates, as a moving mean of a tenth.
 
   Args:
     curves: arm -> one curve a seed, equally long.
     path: of the picture.
-    window: updates of the moving mean.
+    what: the metric.
   """
+  window = max(1, len(next(iter(curves.values()))[0]) // 10)
   figure, panel = plt.subplots(figsize=(5.5, 3.4))
   contrasts.draw_smooth(panel, curves, window=window)
-  panel.set_ylabel(f"reward (mean of {window} updates)")
+  panel.set_ylabel(f"{what}, mean of {window}")
   contrasts.save(figure, path)
 
 
@@ -141,6 +213,7 @@ def main() -> None:
   )
   parser.add_argument("--runs", type=pathlib.Path, required=True)
   parser.add_argument("--viarl", type=pathlib.Path, help="run of viarl.py")
+  parser.add_argument("--asked", type=pathlib.Path, help="of evaluations")
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument("--plots", type=pathlib.Path)
   parser.add_argument(
@@ -148,26 +221,29 @@ def main() -> None:
   )
   args = parser.parse_args()
   found, curves = {}, {}
-  for system, variants in neighbours.ARMS.items():
-    for variant in ("cold", *variants):
-      arm = f"{system}_{variant}"
-      folders = [
-        path.parent
-        for path in sorted(args.runs.glob(f"seed_*/{arm}/results.json"))
-      ]
-      if not folders:
-        continue
-      found[arm] = {folder.parent.name: read(folder) for folder in folders}
-      key = "selector/reward" if system == "tspo" else "reward/mean"
-      each = [contrasts.curve(folder, key) for folder in folders]
-      if all(each):
-        curves.setdefault(system, {})[variant] = each
+  for arm in ARMS:
+    system, _, variant = arm.partition("_")
+    folders = [
+      path.parent
+      for path in sorted(args.runs.glob(f"seed_*/{arm}/results.json"))
+    ]
+    if not folders:
+      continue
+    found[arm] = {folder.parent.name: read(folder) for folder in folders}
+    if args.asked and system == "videochat":
+      for folder in folders:
+        seed = folder.parent.name
+        found[arm][seed] = ask(folder, args.asked / seed / arm)
+    each = [contrasts.curve(folder, CURVES[system][0]) for folder in folders]
+    if all(each):
+      curves.setdefault(system, {})[variant] = each
   if not found and not args.beside:
     parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
   if args.viarl:
     manifest = json.loads((args.viarl / "manifest.json").read_text("utf-8"))
     found["viarl"] = {f"seed_{manifest['seed']}": read_cycles(args.viarl)}
   found = contrasts.beside(args.beside, found)
+  found = {arm: found[arm] for arm in (*ARMS, "viarl") if arm in found}
   print(table({arm: runs for arm, runs in found.items() if arm != "viarl"}))
   for seed, cycles in found.get("viarl", {}).items():
     print(f"\nviarl, {seed}\n\n" + cycles_table(cycles))
@@ -177,7 +253,8 @@ def main() -> None:
     contrasts.write_json(args.out, found)
   if args.plots:
     for system, arms in curves.items():
-      draw(arms, args.plots / f"{system}_curves.png")
+      path = args.plots / f"{system}_curves.png"
+      draw(arms, path, what=CURVES[system][1])
 
 
 if __name__ == "__main__":

@@ -438,8 +438,34 @@ def test_table_of_neighbours(tmp_path):
   shown = " | ".join(f"{cell} (sd 0.0)" for cell in cells)
   assert row == f"| arm | 2 | grounding | {shown} |  |"
   curves = {"a": [list(range(9)), [3] * 9]}
-  neighbours_table.draw(curves, tmp_path / "curves.png")
+  neighbours_table.draw(curves, tmp_path / "curves.png", what="reward")
   assert (tmp_path / "curves.png").stat().st_size > 8_000
+
+
+def test_answers_to_the_same_questions(tmp_path):
+  """Of an evaluation: the shares that a run's own results have."""
+  rows = [
+    {"task": "needle", "score": {"accuracy": 1.0}},
+    {"task": "gqa", "score": {"accuracy": 1.0, "iou": 0.5}},
+    {"task": "gqa", "score": {"accuracy": 0.0, "iou": 0.25}},
+  ]
+  workdir = tmp_path / "asked"
+  (workdir / "synthetic/tad").mkdir(parents=True)
+  (workdir / "synthetic/tad/scores.json").touch()
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (workdir / "synthetic/tad/questions.jsonl").write_text(lines)
+  (tmp_path / "manifest.json").write_text('{"seed": 3}')
+  assert neighbours_table.ask(tmp_path, workdir) == {
+    "all": {"right": 2 / 3, "IoU": 0.375},
+    "needle": {"right": 1.0},
+    "gqa": {
+      "right": 0.5,
+      "IoU": 0.375,
+      "from 0.3": 0.5,
+      "from 0.5": 0.5,
+      "from 0.7": 0.0,
+    },
+  }
 
 
 def test_table_of_cycles(tmp_path):
