@@ -418,6 +418,7 @@ def histograms(
       axes.set_xlabel(panel.label)
       axes.set_ylabel(count_label)
       axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-      axes.legend(fontsize=8)
+      axes.margins(y=0.35)  # the legend stands above the highest bar
+      axes.legend(loc="upper right", fontsize=8)
     disk.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
   return path
