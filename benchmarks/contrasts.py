@@ -6,8 +6,8 @@
 and those of the second study with configs/shortcut.py, --study=shortcut and
 --runs=runs/shortcut. Reads what is there: seeds with all arms count, the others
 are named. The table of frames and methods, which is descriptive, takes the
-seeds it finds, and those of a result file of runs elsewhere: --beside=FILE. The
-contrasts are the file's, too, where fewer than two seeds are whole here.
+seeds it finds. With --beside=docs/results/contrasts.json the contrasts are that
+file's, and so are the seeds of the table that it has; others come beside them.
 """
 
 import argparse
@@ -147,6 +147,16 @@ def cells(
   return made
 
 
+def hits(runs: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Arm with learned frames -> seed -> share of events that got one."""
+  made: dict[str, dict[str, float]] = {}
+  for path in sorted(runs.glob("seed_*/learned_*/results.json")):
+    rates = json.loads(path.read_text("utf-8"))["hit_rates"]["rl"]
+    seed, arm = path.parent.parent.name, path.parent.name
+    made.setdefault(arm.replace("_", " "), {})[seed] = rates["keyframes"]
+  return made
+
+
 def mean_sd(values: Sequence[float], digits: int = 1) -> str:
   """The mean, and where there are several their spread (ddof 1); "" of none."""
   if not values:
@@ -221,20 +231,40 @@ def write_json(path: pathlib.Path, made: Mapping) -> None:
 
 def load(path: str) -> dict:
   """A result file, as an option of the command line."""
-  return json.loads(pathlib.Path(path).read_text("utf-8"))
+  try:
+    return json.loads(pathlib.Path(path).read_text("utf-8"))
+  except OSError as error:
+    raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+
+
+def check_beside(
+  parser: argparse.ArgumentParser, old: Mapping, known: Sequence[str]
+) -> None:
+  """An error where a result file is of something else."""
+  unknown = sorted(set(old) - set(known))
+  if unknown:
+    parser.error(
+      f"--beside has {', '.join(unknown)}; expected a file with"
+      f" {', '.join(known)}"
+    )
 
 
 def beside(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> dict:
-  """What runs elsewhere came to, and what those that are here did.
+  """What a result file has of runs elsewhere, and what those here came to.
 
   Args:
-    old: arm -> seed -> numbers, of a result file.
-    new: the same; a seed takes the place of an equal one.
+    old: arm -> seed -> numbers, of the file.
+    new: the same of the runs. Where both have a seed, the file's stands, as it
+      is compared with others there; where they differ, this is said.
   """
-  return {
-    arm: dict(sorted({**old.get(arm, {}), **new.get(arm, {})}.items()))
-    for arm in dict.fromkeys((*old, *new))
-  }
+  made = {}
+  for arm in dict.fromkeys((*old, *new)):
+    kept, found = old.get(arm, {}), new.get(arm, {})
+    for seed in sorted(kept.keys() & found.keys()):
+      if kept[seed] != found[seed]:
+        print(f"{arm}, {seed}: the file's numbers stand, other ones were found")
+    made[arm] = dict(sorted({**found, **kept}.items()))
+  return made
 
 
 def draw_curves(
@@ -509,6 +539,8 @@ def main() -> None:
   parser.add_argument("--plots", type=pathlib.Path)
   parser.add_argument("--beside", type=load, default={}, metavar="FILE")
   args = parser.parse_args()
+  parts = ("seeds", "contrasts", "views", "bonuses", "cells", "hits", "habits")
+  check_beside(parser, args.beside, parts)
   study, whole, made = STUDIES[args.study], [], dict(args.beside)
   seeds = read_seeds(args.runs)
   for name, arms in seeds.items():
@@ -528,14 +560,14 @@ def main() -> None:
     parser.error(
       f"{args.runs} has {len(whole)} whole seeds, expected 2 or more"
     )
-  if len(whole) >= 2:  # else a pilot
+  if len(whole) >= 2 and "contrasts" not in made:  # else a pilot
     made |= summary(study, args.runs, seeds, whole)
     if args.plots:
       write_figures(study, args.runs, seeds, whole, args.plots, args.study)
-  described = beside(args.beside.get("cells", {}), cells(seeds))
-  if described:
-    made["cells"] = described
-    print(describe(described), end="\n\n")
+  if args.study == "contrasts":
+    made["cells"] = beside(made.get("cells", {}), cells(seeds))
+    made["hits"] = beside(made.get("hits", {}), hits(args.runs))
+    print(describe(made["cells"]), end="\n\n")
   if "contrasts" in made:
     print(table(made["contrasts"]), end="\n\n")
     print(views_table(made["views"], study.task), end="\n\n")

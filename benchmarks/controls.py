@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from benchmarks import contrasts, peers
 
@@ -30,6 +31,50 @@ SELECTORS = (
 TASKS = ("needle", "order_two", "long", "many_cuts", "ramp")
 
 
+def ask(
+  policy: pathlib.Path, workdir: pathlib.Path, **settings: Any
+) -> pathlib.Path:
+  """A run's policy on built-in videos: the folder of what it answered.
+
+  Args:
+    policy: workdir of the run.
+    workdir: of the evaluation; one of this policy that is finished is read.
+    **settings: name -> value, of configs/evaluate.py; those of
+      `config.data.synthetic` without that prefix, in a dict `synthetic`.
+
+  Raises:
+    subprocess.CalledProcessError: the evaluation failed.
+    ValueError: the workdir holds other evaluations, too.
+  """
+  manifest = json.loads((policy / "manifest.json").read_text("utf-8"))
+  for name, value in settings.pop("synthetic", {}).items():
+    settings[f"data.synthetic.{name}"] = value
+  command = [
+    sys.executable,
+    "-m",
+    "cf_jax.main",
+    "--config=configs/evaluate.py",
+    "--config.benchmark=synthetic",
+    f"--config.policy={policy.absolute()}",
+    f"--config.data.seed={manifest['config']['data']['seed']}",
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+    f"--workdir={workdir.absolute()}",
+  ]
+
+  def finished():
+    return list(workdir.glob("synthetic/*/scores.json"))
+
+  trained_s = (policy / "results.json").stat().st_mtime
+  if not any(path.stat().st_mtime >= trained_s for path in finished()):
+    subprocess.run(command, check=True)
+  if len(finished()) > 1:
+    raise ValueError(
+      f"{workdir} holds {len(finished())} evaluations, expected one; remove"
+      " those of earlier policies"
+    )
+  return finished()[0].parent
+
+
 def evaluate(
   policy: pathlib.Path, select: str, workdir: pathlib.Path, *, count: int
 ) -> dict[str, float]:
@@ -38,37 +83,15 @@ def evaluate(
   Args:
     policy: workdir of the run.
     select: of `SELECTORS`.
-    workdir: of the evaluation; one that is finished is read.
+    workdir: as of `ask`.
     count: videos of each task.
-
-  Raises:
-    subprocess.CalledProcessError: the evaluation failed.
-    ValueError: the workdir holds other evaluations, too.
   """
-  seed = json.loads((policy / "manifest.json").read_text("utf-8"))["seed"]
-  command = [
-    sys.executable,
-    "-m",
-    "cf_jax.main",
-    "--config=configs/evaluate.py",
-    "--config.benchmark=synthetic",
-    f"--config.policy={policy}",
-    f"--config.select={select}",
-    f"--config.data.synthetic.tasks={TASKS}",
-    f"--config.data.synthetic.num_test={count * len(TASKS)}",
-    f"--config.data.seed={seed}",
-    f"--workdir={workdir}",
-  ]
-  found = list(workdir.glob("synthetic/*/scores.json"))
-  if not found:
-    subprocess.run(command, check=True)
-    found = list(workdir.glob("synthetic/*/scores.json"))
-  if len(found) > 1:
-    raise ValueError(f"{workdir} holds {len(found)} evaluations, expected one")
-  (path,) = found
+  synthetic = {"tasks": TASKS, "num_test": count * len(TASKS)}
+  folder = ask(policy, workdir, select=select, synthetic=synthetic)
+  scores = json.loads((folder / "scores.json").read_text("utf-8"))
   return {
     figure["group"].removeprefix("task: "): figure["value"]
-    for figure in json.loads(path.read_text("utf-8"))["figures"]
+    for figure in scores["figures"]
     if figure["group"].startswith("task: ")
   }
 

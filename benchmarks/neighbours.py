@@ -10,19 +10,17 @@ videos of one task: right answers, mean IoU of the times it gives, the share of
 IoUs from 0.3, 0.5 and 0.7 on, and of a learned selection the share of
 annotated events that got a frame. Of ViaRL, after each stage: right answers to
 chosen and to uniform frames, and how many lists hit the evidence. Reads the
-runs that are there; those elsewhere stand beside them:
---beside=docs/results/neighbours.json.
+runs that are there; --beside=docs/results/neighbours.json puts those of an
+earlier file beside them, in the table. Curves are of the runs that are there.
 
-An arm that was trained on one task has held-out videos of its own. With
---asked=FOLDER the policies of VideoChat-R1's arms answer the joint arm's there
-(half a minute each, once), and these answers are what the table shows.
+An arm that was trained on one task has held-out videos of its own, so the
+policies of VideoChat-R1's arms answer those of the joint arm, in the folder
+--asked (half a minute each, once); these answers are what the table shows.
 """
 
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -31,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import contrasts, peers
+from benchmarks import contrasts, controls, peers
 from configs import neighbours
 
 LIMITS = ("0.3", "0.5", "0.7")
@@ -76,35 +74,18 @@ def read(folder: pathlib.Path) -> Run:
 
 
 def ask(policy: pathlib.Path, workdir: pathlib.Path) -> Run:
-  """The joint arm's held-out questions, put to a run's policy.
+  """The joint arm's held-out questions, put to an arm of VideoChat-R1.
 
   Args:
-    policy: workdir of an arm of VideoChat-R1.
-    workdir: of the evaluation; one that is finished is read.
-
-  Raises:
-    subprocess.CalledProcessError: the evaluation failed.
+    policy: workdir of the arm.
+    workdir: as of `controls.ask`.
   """
   settings = neighbours.get_config("videochat_joint").data.synthetic
-  seed = json.loads((policy / "manifest.json").read_text("utf-8"))["seed"]
-  command = [
-    sys.executable,
-    "-m",
-    "cf_jax.main",
-    "--config=configs/evaluate.py",
-    "--config.benchmark=synthetic",
-    f"--config.policy={policy.absolute()}",
-    f"--config.data.seed={seed}",
-    f"--workdir={workdir.absolute()}",
-    *(
-      f"--config.data.synthetic.{name}={settings[name]}"
-      for name in ("tasks", "num_test", "num_frames")
-    ),
-  ]
-  if not list(workdir.glob("synthetic/*/scores.json")):
-    subprocess.run(command, check=True)
-  (path,) = workdir.glob("synthetic/*/questions.jsonl")
-  return read_answers(path)
+  shared = {
+    name: settings[name] for name in ("tasks", "num_test", "num_frames")
+  }
+  folder = controls.ask(policy, workdir, synthetic=shared)
+  return read_answers(folder / "questions.jsonl")
 
 
 def read_answers(path: pathlib.Path) -> Run:
@@ -229,20 +210,26 @@ def main() -> None:
     ]
     if not folders:
       continue
-    found[arm] = {folder.parent.name: read(folder) for folder in folders}
-    if args.asked and system == "videochat":
-      for folder in folders:
-        seed = folder.parent.name
-        found[arm][seed] = ask(folder, args.asked / seed / arm)
+    if system == "videochat" and not args.asked:
+      parser.error(f"{args.runs} has {arm}: --asked must name a folder")
+    found[arm] = {
+      folder.parent.name: (
+        ask(folder, args.asked / folder.parent.name / arm)
+        if system == "videochat"
+        else read(folder)
+      )
+      for folder in folders
+    }
     each = [contrasts.curve(folder, CURVES[system][0]) for folder in folders]
     if all(each):
       curves.setdefault(system, {})[variant] = each
-  if not found and not args.beside:
-    parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
   if args.viarl:
     manifest = json.loads((args.viarl / "manifest.json").read_text("utf-8"))
     found["viarl"] = {f"seed_{manifest['seed']}": read_cycles(args.viarl)}
+  contrasts.check_beside(parser, args.beside, (*ARMS, "viarl"))
   found = contrasts.beside(args.beside, found)
+  if not found:
+    parser.error(f"{args.runs} has no finished run of configs/neighbours.py")
   found = {arm: found[arm] for arm in (*ARMS, "viarl") if arm in found}
   print(table({arm: runs for arm, runs in found.items() if arm != "viarl"}))
   for seed, cycles in found.get("viarl", {}).items():

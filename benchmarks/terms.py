@@ -3,7 +3,7 @@
   python -m launch.sweep --config=configs/terms.py --out=runs/contrasts
   python -m benchmarks.terms --runs=runs/contrasts --out=docs/results/terms.json
 
-Runs elsewhere stand beside these: --beside=docs/results/terms.json.
+--beside=docs/results/terms.json puts those of an earlier file beside them.
 
 Descriptive: few seeds, no test; arms are compared on the same seeds. For every
 arm the held-out accuracy, where order is used (ordered and reversed keyframes
@@ -100,9 +100,11 @@ def main() -> None:
     if (whole := whole_seeds(args.runs, arms))
     for arm in arms
   }
+  known = [arm for arms in GROUPS for arm in arms]
+  contrasts.check_beside(parser, args.beside, known)
+  found = contrasts.beside(args.beside, found)
   if not found:
     parser.error(f"{args.runs} has no seed with all arms of configs/terms.py")
-  found = contrasts.beside(args.beside, found)
   print(table(found))
   if args.out:
     contrasts.write_json(args.out, found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import runpy
 import subprocess
@@ -442,30 +443,110 @@ def test_table_of_neighbours(tmp_path):
   assert (tmp_path / "curves.png").stat().st_size > 8_000
 
 
-def test_answers_to_the_same_questions(tmp_path):
-  """Of an evaluation: the shares that a run's own results have."""
+def test_answers_to_the_same_questions(tmp_path, monkeypatch):
+  """The joint arm's, whatever the policy was trained on; asked once."""
   rows = [
     {"task": "needle", "score": {"accuracy": 1.0}},
     {"task": "gqa", "score": {"accuracy": 1.0, "iou": 0.5}},
     {"task": "gqa", "score": {"accuracy": 0.0, "iou": 0.25}},
   ]
-  workdir = tmp_path / "asked"
-  (workdir / "synthetic/tad").mkdir(parents=True)
-  (workdir / "synthetic/tad/scores.json").touch()
-  lines = "".join(json.dumps(row) + "\n" for row in rows)
-  (workdir / "synthetic/tad/questions.jsonl").write_text(lines)
-  (tmp_path / "manifest.json").write_text('{"seed": 3}')
-  assert neighbours_table.ask(tmp_path, workdir) == {
-    "all": {"right": 2 / 3, "IoU": 0.375},
-    "needle": {"right": 1.0},
-    "gqa": {
-      "right": 0.5,
-      "IoU": 0.375,
-      "from 0.3": 0.5,
-      "from 0.5": 0.5,
-      "from 0.7": 0.0,
-    },
+  policy, workdir, ran = tmp_path / "policy", tmp_path / "asked", []
+  policy.mkdir()
+  manifest = {"config": {"data": {"seed": 3}}}
+  (policy / "manifest.json").write_text(json.dumps(manifest))
+  (policy / "results.json").touch()
+
+  def run(command, check):
+    assert check
+    ran.append(command)
+    folder = workdir / "synthetic" / f"weights_{len(ran)}"
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "questions.jsonl").write_text(lines)
+    (folder / "scores.json").touch()
+
+  monkeypatch.setattr(controls.subprocess, "run", run)
+  for _ in range(2):
+    assert neighbours_table.ask(policy, workdir) == {
+      "all": {"right": 2 / 3, "IoU": 0.375},
+      "needle": {"right": 1.0},
+      "gqa": {
+        "right": 0.5,
+        "IoU": 0.375,
+        "from 0.3": 0.5,
+        "from 0.5": 0.5,
+        "from 0.7": 0.0,
+      },
+    }
+  (command,) = ran
+  assert command[3:] == [
+    "--config=configs/evaluate.py",
+    "--config.benchmark=synthetic",
+    f"--config.policy={policy}",
+    "--config.data.seed=3",
+    "--config.data.synthetic.tasks=('grounding', 'grounded_qa', 'needle')",
+    "--config.data.synthetic.num_test=768",
+    "--config.data.synthetic.num_frames=80",
+    f"--workdir={workdir}",
+  ]
+  # The policy was trained anew: asked again, and both are there.
+  later_s = (policy / "results.json").stat().st_mtime + 60
+  os.utime(policy / "results.json", (later_s, later_s))
+  with pytest.raises(ValueError, match="holds 2 evaluations"):
+    neighbours_table.ask(policy, workdir)
+
+
+def test_neighbours_of_two_files(tmp_path, monkeypatch, capsys):
+  """Runs here, ViaRL's and an earlier file's in one table and one file."""
+  results = {
+    "evaluations": [
+      {"stage": "rl", "view": "keyframes", "task": "all", "accuracy": 0.5}
+    ],
+    "hit_rates": {"rl": {"keyframes": 1.0}},
   }
+  folder = tmp_path / "runs/seed_1/tspo_tad"
+  folder.mkdir(parents=True)
+  (folder / "results.json").write_text(json.dumps(results))
+  lines = [json.dumps({"stage": "rl", "selector/reward": 1})] * 10
+  (folder / "metrics.jsonl").write_text("\n".join(lines))
+  cycle = {
+    "after": "answerer",
+    "task": "all",
+    "accuracy/chosen": {"accuracy": 0.5},
+    "accuracy/uniform": {"accuracy": 0.25},
+    "lists/hit": 0.75,
+  }
+  viarl = tmp_path / "viarl"
+  viarl.mkdir()
+  (viarl / "manifest.json").write_text('{"seed": 2}')
+  (viarl / "results.json").write_text(json.dumps({"evaluations": [cycle]}))
+  kept, out = tmp_path / "kept.json", tmp_path / "out.json"
+  kept.write_text('{"tspo_tad": {"seed_0": {"all": {"right": 0.75}}}}')
+  command = [
+    "neighbours",
+    f"--runs={tmp_path / 'runs'}",
+    f"--viarl={viarl}",
+    f"--beside={kept}",
+    f"--out={out}",
+    f"--plots={tmp_path}",
+  ]
+  monkeypatch.setattr(sys, "argv", command)
+  neighbours_table.main()
+  found = json.loads(out.read_text())
+  assert found["tspo_tad"] == {
+    "seed_0": {"all": {"right": 0.75}},
+    "seed_1": {"all": {"right": 0.5, "hits": 1.0}},
+  }
+  assert list(found["viarl"]) == ["seed_2"]
+  said = capsys.readouterr().out
+  assert "| tspo_tad | 2 | all | 62.5 (sd 17.7) |" in said
+  assert "| answerer | 50.0 | 25.0 | 75.0 |" in said
+  for name in ("tspo_curves.png", "viarl_seed_2.png"):
+    assert (tmp_path / name).stat().st_size > 8_000
+  folder.rename(folder.with_name("videochat_gqa"))
+  with pytest.raises(SystemExit):
+    neighbours_table.main()
+  assert "--asked must name a folder" in capsys.readouterr().err
 
 
 def test_table_of_cycles(tmp_path):
@@ -520,24 +601,37 @@ def test_runs_elsewhere_stand_beside_these(tmp_path, monkeypatch, capsys):
   old = {"a": {"seed_1": 1, "seed_0": 2}, "b": {"seed_0": 3}}
   new = {"c": {"seed_0": 4}, "a": {"seed_1": 5, "seed_2": 6}}
   assert list(contrasts.beside(old, new).items()) == [
-    ("a", {"seed_0": 2, "seed_1": 5, "seed_2": 6}),
+    ("a", {"seed_0": 2, "seed_1": 1, "seed_2": 6}),
     ("b", {"seed_0": 3}),
     ("c", {"seed_0": 4}),
   ]
+  said = capsys.readouterr().out
+  assert said == "a, seed_1: the file's numbers stand, other ones were found\n"
   # By the command: another seed of the table, the contrasts as they were.
   kept, out = tmp_path / "kept.json", tmp_path / "out.json"
   cells = {"learned grpo": {"seed_0": 0.5}, "tad grpo": {"seed_0": 0.75}}
   whole = {"contrasts": {}, "views": {}, "bonuses": {}}
   kept.write_text(json.dumps(whole | {"cells": cells}))
-  _finish(tmp_path / "runs" / "seed_1" / "learned_grpo", 0.25)
+  folder = tmp_path / "runs" / "seed_1" / "learned_grpo"
+  _finish(folder, 0.25)
+  results = json.loads((folder / "results.json").read_text())
+  results["hit_rates"] = {"rl": {"keyframes": 1.0, "uniform": 0.5}}
+  (folder / "results.json").write_text(json.dumps(results))
   command = ["contrasts", f"--runs={tmp_path / 'runs'}", f"--out={out}"]
   monkeypatch.setattr(sys, "argv", [*command, f"--beside={kept}"])
   contrasts.main()
   assert json.loads(out.read_text()) == whole | {
-    "cells": cells | {"learned grpo": {"seed_0": 0.5, "seed_1": 0.25}}
+    "cells": cells | {"learned grpo": {"seed_0": 0.5, "seed_1": 0.25}},
+    "hits": {"learned grpo": {"seed_1": 1.0}},
   }
   said = capsys.readouterr().out
   assert "37.5 (sd 17.7), n=2" in said and "seed_1 is left out" in said
+  for wrong, message in (("a.json", "No such file"), ("b.json", "has arm")):
+    (tmp_path / "b.json").write_text('{"arm": {"seed_0": {}}}')
+    monkeypatch.setattr(sys, "argv", [*command, f"--beside={tmp_path / wrong}"])
+    with pytest.raises(SystemExit):
+      contrasts.main()
+    assert message in capsys.readouterr().err
 
 
 def test_table_of_views():
@@ -604,7 +698,8 @@ def test_answers_by_a_short_cut_and_by_looking(tmp_path, monkeypatch, capsys):
   }
   text = contrasts.STUDIES["shortcut"].short_cut
   assert contrasts.habits(folder, text) == pytest.approx(expected)
-  # A pilot of one seed: the table alone.
+  # A pilot of one seed: the table alone, and none of frames and methods.
+  _finish(tmp_path / "seed_3" / "cold_start", 0.5)
   out = tmp_path / "out.json"
   monkeypatch.setattr(
     sys,
@@ -615,6 +710,7 @@ def test_answers_by_a_short_cut_and_by_looking(tmp_path, monkeypatch, capsys):
   row = "| seed_3/grpo | 60.0 | 40.0 | 66.7 | 100.0 | 0.0 |"
   assert row in capsys.readouterr().out
   found = json.loads(out.read_text())
+  assert list(found) == ["habits"]
   assert found["habits"]["seed_3/grpo"] == pytest.approx(expected)
 
 
@@ -624,8 +720,10 @@ def test_table_of_controls(tmp_path):
   figures = [{"group": "all", "value": 0.9}] + [
     {"group": f"task: {task}", "value": 0.5} for task in controls.TASKS
   ]
+  (tmp_path / "results.json").touch()
+  manifest = {"config": {"data": {"seed": 3}}}
+  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
   (folder / "scores.json").write_text(json.dumps({"figures": figures}))
-  (tmp_path / "manifest.json").write_text('{"seed": 3}')
   # Finished: nothing is run.
   found = controls.evaluate(tmp_path, "tad", tmp_path, count=1)
   assert found == dict.fromkeys(controls.TASKS, 0.5)
