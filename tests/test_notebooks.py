@@ -233,6 +233,22 @@ def test_what_is_not_there_is_said(ablated):
   assert ("have not been measured" in said) == (not measured)
 
 
+def test_outputs_have_the_kept_contrasts():
+  text = (ROOT / "docs/results/contrasts.json").read_text("utf-8")
+  kept = json.loads(text)
+  said = "".join(
+    "".join(output["text"])
+    for cell in code_cells(ABLATIONS)
+    for output in cell["outputs"]
+    if output["output_type"] == "stream"
+  )
+  for table in (
+    contrasts.describe(kept["cells"]),
+    contrasts.table(kept["contrasts"]),
+  ):
+    assert table in said, "make the outputs anew, see above"
+
+
 def test_contrasts_are_drawn(ablated, capsys):
   row = dict(mean=0.02, low=-0.01, high=0.05, p_holm=0.2, each=[0.01, 0.03])
   ablated.names["show_contrasts"]({"a) TAD - uniform": row})
