@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import peers
 from cf_jax.evals import paired
+from configs import contrasts as configured
 
 # Contrast -> arm, and the arms whose mean it is compared with.
 Contrasts = Mapping[str, tuple[str, tuple[str, ...]]]
@@ -95,6 +96,12 @@ VIEWS = ("keyframes", "shuffled", "reversed", "blind")
 # through these frames.
 FRAMES = ("uniform", "tad", "learned")
 METHODS = ("sft", "grpo", "tgrpo", "kfgrpo")
+# Of a result file.
+PARTS = (
+  *("seeds", "contrasts", "views", "bonuses"),  # `summary`
+  *("cells", "hits", "own"),
+  "habits",  # of the second study
+)
 _COLD = {"uniform": "uniform", "tad": "keyframes"}
 
 # (view, task) -> accuracy of the policy that a run ends with.
@@ -144,6 +151,18 @@ def cells(
         if arm in runs and any(seen == view for seen, _ in runs[arm]):
           key = f"{frames} {method}"
           made.setdefault(key, {})[name] = outcome(runs[arm], view)
+  return made
+
+
+def own(
+  seeds: Mapping[str, Mapping[str, Run]],
+) -> dict[str, dict[str, float]]:
+  """Arm that never saw other than uniform frames -> seed -> accuracy."""
+  made: dict[str, dict[str, float]] = {}
+  for name, runs in seeds.items():
+    for arm in (configured.UNIFORM_COLD, configured.UNIFORM_OWN):
+      if arm in runs:
+        made.setdefault(arm, {})[name] = outcome(runs[arm])
   return made
 
 
@@ -539,8 +558,7 @@ def main() -> None:
   parser.add_argument("--plots", type=pathlib.Path)
   parser.add_argument("--beside", type=load, default={}, metavar="FILE")
   args = parser.parse_args()
-  parts = ("seeds", "contrasts", "views", "bonuses", "cells", "hits", "habits")
-  check_beside(parser, args.beside, parts)
+  check_beside(parser, args.beside, PARTS)
   study, whole, made = STUDIES[args.study], [], dict(args.beside)
   seeds = read_seeds(args.runs)
   for name, arms in seeds.items():
@@ -567,6 +585,7 @@ def main() -> None:
   if args.study == "contrasts":
     made["cells"] = beside(made.get("cells", {}), cells(seeds))
     made["hits"] = beside(made.get("hits", {}), hits(args.runs))
+    made["own"] = beside(made.get("own", {}), own(seeds))
     print(describe(made["cells"]), end="\n\n")
   if "contrasts" in made:
     print(table(made["contrasts"]), end="\n\n")

@@ -36,11 +36,11 @@ HELD_OUT = {
   "order, ordered": ("keyframes", "order_two"),
   "order, reversed": ("reversed", "order_two"),
 }
-# Arms that are compared with each other, on the seeds that have all of them.
+# Arms that are compared with each other: of a seed that has all of a group.
 GROUPS = (
   ("cold_start", *terms.ARMS, "tad_tgrpo"),
   ("cited_cold_start", "cited_none", "cited_evidence"),
-  ("cited_deletion",),  # a score for each keyframe left out: the slowest
+  ("cited_cold_start", "cited_none", "cited_deletion"),
 )
 _LAST = 20  # updates
 
@@ -94,12 +94,11 @@ def main() -> None:
     "--beside", type=contrasts.load, default={}, metavar="FILE"
   )
   args = parser.parse_args()
-  found = {
-    arm: {folder.name: columns(folder / arm) for folder in whole}
-    for arms in GROUPS
-    if (whole := whole_seeds(args.runs, arms))
-    for arm in arms
-  }
+  found: dict[str, dict] = {}
+  for arms in GROUPS:
+    for folder in whole_seeds(args.runs, arms):
+      for arm in arms:
+        found.setdefault(arm, {})[folder.name] = columns(folder / arm)
   known = [arm for arms in GROUPS for arm in arms]
   contrasts.check_beside(parser, args.beside, known)
   found = contrasts.beside(args.beside, found)

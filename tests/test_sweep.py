@@ -617,12 +617,14 @@ def test_runs_elsewhere_stand_beside_these(tmp_path, monkeypatch, capsys):
   results = json.loads((folder / "results.json").read_text())
   results["hit_rates"] = {"rl": {"keyframes": 1.0, "uniform": 0.5}}
   (folder / "results.json").write_text(json.dumps(results))
+  _finish(tmp_path / "runs" / "seed_1" / "uniform_own_grpo", 0.75)
   command = ["contrasts", f"--runs={tmp_path / 'runs'}", f"--out={out}"]
   monkeypatch.setattr(sys, "argv", [*command, f"--beside={kept}"])
   contrasts.main()
   assert json.loads(out.read_text()) == whole | {
     "cells": cells | {"learned grpo": {"seed_0": 0.5, "seed_1": 0.25}},
     "hits": {"learned grpo": {"seed_1": 1.0}},
+    "own": {"uniform_own_grpo": {"seed_1": 0.75}},
   }
   said = capsys.readouterr().out
   assert "37.5 (sd 17.7), n=2" in said and "seed_1 is left out" in said
