@@ -298,8 +298,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Tokens over which a rollout is compared: those of its "answer", or all
     # "text" between tags, its reasoning too, which narrating alone may earn.
     span="answer",
-    # Of the cited keyframes: "evidence" (annotated), "deletion",
-    # "weighted_deletion", "none".
+    # Of the cited keyframes: "evidence" (annotated; without it 0), "deletion",
+    # "weighted_deletion", "evidence_else_deletion" (deletion for samples that
+    # are not annotated), "none".
     saliency="evidence",
     # Controls: "random" deals the bonuses anew, "other_prompt" takes the
     # contrast of another prompt. "none" is the method.

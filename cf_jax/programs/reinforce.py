@@ -38,7 +38,13 @@ from cf_jax.types import Experience, OtherView, TrainState, Verdict
 FIRST = ("mismatch_",)
 
 CONTRASTS = ("rollout", "threshold", "margin", "none")
-SALIENCIES = ("evidence", "deletion", "weighted_deletion", "none")
+SALIENCIES = (
+  "evidence",
+  "deletion",
+  "weighted_deletion",
+  "evidence_else_deletion",
+  "none",
+)
 PLACEBOS = ("none", "random", "other_prompt")
 SPANS = ("answer", "text")
 ADVANTAGES = ("group", "reinforce")
@@ -374,7 +380,8 @@ class Collector:
     shown = prepared.by_slot(np.where(keyframes.mask, keyframes.saliency, 0))
     most = shown.max(axis=1, keepdims=True)
     first = np.arange(shown.shape[1]) == shown.argmax(axis=1)[:, None]
-    saliency = rewards.evidence_saliency(on_device.cited, put(evidence))
+    by_evidence = rewards.evidence_saliency(on_device.cited, put(evidence))
+    saliency = by_evidence
     if self._saliency == "none":
       saliency = jnp.zeros_like(saliency)
     if self._deletes:
@@ -391,6 +398,9 @@ class Collector:
             put(prepared.by_slot(keyframes.mask)),
           )
         )
+    if self._saliency == "evidence_else_deletion":
+      annotated = put(np.array([bool(s.evidence) for s in samples]))
+      saliency = jnp.where(annotated[:, None], by_evidence, saliency)
     encoded = None if self._stage.trains_vision else encoded[:, :num_slots]
 
     reference = under = None

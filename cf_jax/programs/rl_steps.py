@@ -81,8 +81,8 @@ def make_deletion_step(experiment: experiment_lib.Experiment):
   """Saliency by deletion: what an answer loses without the frames it cites.
 
   A deleted frame's slot shows the blank frame, the last of those encoded; its
-  time label stays. With `contrast.saliency` "deletion" every completion has two
-  views of its own; with "weighted_deletion" a video has one for each keyframe.
+  time label stays. With `contrast.saliency` "weighted_deletion" a video has one
+  view for each keyframe; else every completion has two views of its own.
 
   params, View, encoded frames [B, N, P, D], Rollout, its log-probabilities,
   answer span, cited bool[B, G, K], TAD saliency [B, K], keyframes bool[B, K] ->
@@ -123,7 +123,7 @@ def make_deletion_step(experiment: experiment_lib.Experiment):
       return answer_logprob(params, shown, encoded, rollout, span)
 
     with jax.named_scope("deletion"):
-      if kind == "deletion":
+      if kind != "weighted_deletion":
         uncited = rewards.salient_uncited(cited, saliency, mask)
         return rewards.deletion_saliency(
           without(cited & mask[:, None]), without(uncited), cited, mask

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cf_jax.data import records
+from cf_jax import rewards
+from cf_jax.data import answers, records
 from cf_jax.programs import experiment as experiment_lib
 from cf_jax.programs import reinforce, rl_steps, train, verdicts
 from cf_jax.runtime import checkpoint, sharding, telemetry
@@ -468,6 +469,57 @@ def _lucky(change=lambda right, call: right):
     return read
 
   return make_judge, calls
+
+
+def test_deletion_judges_what_is_not_annotated(
+  tiny_config, tmp_path, monkeypatch
+):
+  config = tiny_config
+  config.rl.steps = 1
+  config.contrast.update(saliency="evidence_else_deletion", watch_every=0)
+  annotated, found = [], []
+  evidence_keyframes = answers.evidence_keyframes
+
+  def watched(samples, time_s):
+    annotated.append([bool(sample.evidence) for sample in samples])
+    return evidence_keyframes(samples, time_s)
+
+  build = experiment_lib.build
+
+  def build_half(*args):
+    """Every second sample is not annotated."""
+    made = build(*args)
+    for number in range(0, len(made.samples["train"]), 2):
+      sample = made.samples["train"][number]
+      made.samples["train"][number] = sample._replace(evidence=())
+    return made
+
+  make_reward_step = rl_steps.make_reward_step
+
+  def make_watched(*args, **settings):
+    reward = make_reward_step(*args, **settings)
+
+    def step(verdict, rollout, evidence, moments):
+      found.append(np.asarray(evidence.saliency))
+      return reward(verdict, rollout, evidence, moments)
+
+    return step
+
+  def deletion(params, view, encoded, rollout, *rest):
+    return jnp.full(rollout.token.shape[:2], 0.25)
+
+  monkeypatch.setattr(experiment_lib, "build", build_half)
+  monkeypatch.setattr(answers, "evidence_keyframes", watched)
+  monkeypatch.setattr(rl_steps, "make_reward_step", make_watched)
+  monkeypatch.setattr(rl_steps, "make_deletion_step", lambda _: deletion)
+  monkeypatch.setattr(
+    rewards, "evidence_saliency", lambda cited, _: jnp.ones(cited.shape[:2])
+  )
+  _train(config, tmp_path, monkeypatch, make_judge=_lucky()[0])
+  (saliency,), (known,) = found, annotated
+  assert {True, False} == set(known)
+  want = np.where(np.array(known)[:, None], 1.0, 0.25)
+  np.testing.assert_array_equal(saliency, np.broadcast_to(want, saliency.shape))
 
 
 def test_t_grpo_with_resampling(tiny_config, tmp_path, monkeypatch):
