@@ -32,23 +32,20 @@ TASKS = ("needle", "order_two", "long", "many_cuts", "ramp")
 
 
 def ask(
-  policy: pathlib.Path, workdir: pathlib.Path, **settings: Any
+  policy: pathlib.Path, workdir: pathlib.Path, settings: Mapping[str, Any]
 ) -> pathlib.Path:
   """A run's policy on built-in videos: the folder of what it answered.
 
   Args:
     policy: workdir of the run.
     workdir: of the evaluation; one of this policy that is finished is read.
-    **settings: name -> value, of configs/evaluate.py; those of
-      `config.data.synthetic` without that prefix, in a dict `synthetic`.
+    settings: of configs/evaluate.py, dotted name -> value.
 
   Raises:
     subprocess.CalledProcessError: the evaluation failed.
     ValueError: the workdir holds other evaluations, too.
   """
   manifest = json.loads((policy / "manifest.json").read_text("utf-8"))
-  for name, value in settings.pop("synthetic", {}).items():
-    settings[f"data.synthetic.{name}"] = value
   command = [
     sys.executable,
     "-m",
@@ -86,8 +83,12 @@ def evaluate(
     workdir: as of `ask`.
     count: videos of each task.
   """
-  synthetic = {"tasks": TASKS, "num_test": count * len(TASKS)}
-  folder = ask(policy, workdir, select=select, synthetic=synthetic)
+  settings = {
+    "select": select,
+    "data.synthetic.tasks": TASKS,
+    "data.synthetic.num_test": count * len(TASKS),
+  }
+  folder = ask(policy, workdir, settings)
   scores = json.loads((folder / "scores.json").read_text("utf-8"))
   return {
     figure["group"].removeprefix("task: "): figure["value"]

@@ -80,11 +80,12 @@ def ask(policy: pathlib.Path, workdir: pathlib.Path) -> Run:
     policy: workdir of the arm.
     workdir: as of `controls.ask`.
   """
-  settings = neighbours.get_config("videochat_joint").data.synthetic
-  shared = {
-    name: settings[name] for name in ("tasks", "num_test", "num_frames")
+  joint = neighbours.get_config("videochat_joint").data.synthetic
+  settings = {
+    f"data.synthetic.{name}": joint[name]
+    for name in ("tasks", "num_test", "num_frames")
   }
-  folder = controls.ask(policy, workdir, synthetic=shared)
+  folder = controls.ask(policy, workdir, settings)
   return read_answers(folder / "questions.jsonl")
 
 
@@ -201,6 +202,7 @@ def main() -> None:
     "--beside", type=contrasts.load, default={}, metavar="FILE"
   )
   args = parser.parse_args()
+  contrasts.check_beside(parser, args.beside, (*ARMS, "viarl"))
   found, curves = {}, {}
   for arm in ARMS:
     system, _, variant = arm.partition("_")
@@ -226,7 +228,6 @@ def main() -> None:
   if args.viarl:
     manifest = json.loads((args.viarl / "manifest.json").read_text("utf-8"))
     found["viarl"] = {f"seed_{manifest['seed']}": read_cycles(args.viarl)}
-  contrasts.check_beside(parser, args.beside, (*ARMS, "viarl"))
   found = contrasts.beside(args.beside, found)
   if not found:
     parser.error(f"{args.runs} has no finished run of configs/neighbours.py")

@@ -94,13 +94,13 @@ def main() -> None:
     "--beside", type=contrasts.load, default={}, metavar="FILE"
   )
   args = parser.parse_args()
+  known = [arm for arms in GROUPS for arm in arms]
+  contrasts.check_beside(parser, args.beside, known)
   found: dict[str, dict] = {}
   for arms in GROUPS:
     for folder in whole_seeds(args.runs, arms):
       for arm in arms:
         found.setdefault(arm, {})[folder.name] = columns(folder / arm)
-  known = [arm for arms in GROUPS for arm in arms]
-  contrasts.check_beside(parser, args.beside, known)
   found = contrasts.beside(args.beside, found)
   if not found:
     parser.error(f"{args.runs} has no seed with all arms of configs/terms.py")
